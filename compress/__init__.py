@@ -1,0 +1,1 @@
+"""compress: post-training compression of language models."""

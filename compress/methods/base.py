@@ -1,0 +1,116 @@
+"""The contract between a method and the pipeline.
+
+A `SiteMethod` turns the linears of one site, and statistics of the input they share, into compressed modules. It knows
+tensors, statistics and modules; it never sees a file, a model's name or the command line. In the plan it answers what
+each layer will store (`plan`), what it must know about the inputs (`statistics`) and what that costs.
+
+A new method: a file here with its config and equations, one line in `METHODS` (or the entry-point group
+`compress.methods` of an outside package), a recipe, a docs page, a test file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from compress.calibration.statistics import Request, SiteStatistics
+from compress.modules.base import CompressedModule
+from compress.modules.spec import ModuleSpec
+
+
+class MethodConfig(BaseModel):
+    """Settings of a method, as they stand in the recipe. Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer as the plan knows it. `kind` "embedding" is a lookup table [vocabulary, hidden], which has no inputs."""
+
+    name: str
+    out_features: int
+    in_features: int
+    kind: Literal["linear", "embedding"] = "linear"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to compress: its weight in float32 [out_features, in_features] whatever the layout on disk.
+
+    `config` has the overrides for this layer applied. `scale_dtype` is the dtype in which float tensors are stored and
+    will be loaded: quantize with values rounded to it. `bias` is stored unchanged unless the method says otherwise.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    config: Any
+    scale_dtype: torch.dtype
+    kind: Literal["linear", "embedding"] = "linear"
+
+    @property
+    def shape(self) -> LayerShape:
+        out_features, in_features = self.weight.shape
+        return LayerShape(self.name, out_features, in_features, self.kind, self.bias is not None)
+
+
+@dataclass(frozen=True)
+class SiteTask:
+    """The layers of one site that a step applies to. They share an input, hence statistics."""
+
+    name: str
+    layers: tuple[Layer, ...]
+
+
+@dataclass
+class Outcome:
+    """What became of one layer. `report` holds figures for the report ("loss", "damping", …); `notes` what a user must be
+    told (a fallback, more damping than asked)."""
+
+    module: CompressedModule
+    report: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class SiteMethod(ABC):
+    """A method that works site by site. Subclasses set `name`, `summary` and `Config`; instances are not needed."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]]
+
+    @classmethod
+    @abstractmethod
+    def plan(cls, shape: LayerShape, config: Any) -> ModuleSpec:
+        """What the layer will store. Raises: RecipeError naming the layer, the reason and a value that works."""
+
+    @classmethod
+    def statistics(cls, config: Any) -> tuple[Request, ...]:
+        """What `compress` needs to know about a site's input. None by default: the method needs no data."""
+        return ()
+
+    @classmethod
+    def workspace(cls, shapes: tuple[LayerShape, ...], config: Any) -> int:
+        """Peak bytes that `compress` allocates for one site, beyond the weights and the statistics."""
+        return 2 * 4 * max(s.out_features * s.in_features for s in shapes)
+
+    @classmethod
+    def flops(cls, shapes: tuple[LayerShape, ...], config: Any) -> float:
+        """Floating-point operations that `compress` needs for one site, for the plan's estimate of time."""
+        return 20.0 * sum(s.out_features * s.in_features for s in shapes)
+
+    @classmethod
+    @abstractmethod
+    def compress(cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator) -> dict[str, Outcome]:
+        """Layer name -> outcome, for every layer of the site. Each module's spec equals what `plan` said.
+
+        `statistics` is None where the layer has no inputs (embeddings) or the method asked for none.
+        Raises: NumericsError naming layer and step.
+        """
