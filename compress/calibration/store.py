@@ -1,0 +1,167 @@
+"""Activations of all calibration batches: in memory up to a cap, on disk behind it.
+
+Two things live here between computations: the hidden states at a block's border (`HiddenStates`), and whatever a
+forward that was stopped in the middle still holds (`Spill`). Where they live never changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.errors import CheckpointError
+
+
+class ScratchFile:
+    """An unlinked temporary file of slots: what it holds is gone with the process, whatever ends it."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._descriptor: int | None = None
+        self._end = 0
+
+    def allocate(self, nbytes: int) -> int:
+        """The offset of a new slot."""
+        offset, self._end = self._end, self._end + nbytes
+        return offset
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if self._descriptor is None:
+            descriptor, name = tempfile.mkstemp(prefix=".activations-", dir=self._folder)
+            os.unlink(name)
+            self._descriptor = descriptor
+        try:
+            while data:
+                n = os.pwrite(self._descriptor, data, offset)
+                data, offset = data[n:], offset + n
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise CheckpointError(
+                f"{self._folder}: activations cannot be written: {'the disk is full' if full else error.strerror}; free "
+                f"space, use fewer calibration.samples, or raise --activation-memory"
+            ) from None
+
+    def read(self, offset: int, data: memoryview) -> None:
+        assert self._descriptor is not None
+        while data:
+            n = os.preadv(self._descriptor, [data], offset)
+            assert n > 0
+            data, offset = data[n:], offset + n
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+class HiddenStates:
+    """One tensor per batch. The first batches that fit into `cap_bytes` stay in memory; the others go to disk."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, cap_bytes: int, folder: Path):
+        self.shapes, self.dtype = shapes, dtype
+        self.in_memory: list[bool] = []
+        total = 0
+        for shape in shapes:
+            total += torch.Size(shape).numel() * dtype.itemsize
+            self.in_memory.append(total <= cap_bytes)
+        self._held: list[Tensor | None] = [None] * len(shapes)
+        self._file = ScratchFile(folder)
+        self._slots: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        held = self._held[batch]
+        if held is not None:
+            return held
+        tensor = torch.empty(self.shapes[batch], dtype=self.dtype)
+        self._file.read(self._slots[batch], raw(tensor))
+        return tensor
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        assert tuple(hidden.shape) == self.shapes[batch] and hidden.dtype == self.dtype
+        hidden = hidden.cpu().contiguous()
+        if self.in_memory[batch]:
+            self._held[batch] = hidden
+            return
+        if batch not in self._slots:
+            self._slots[batch] = self._file.allocate(hidden.nbytes)
+        self._file.write(self._slots[batch], raw(hidden))
+
+    def drop(self, batch: int) -> None:
+        """Forget a batch that is held in memory (its slot on disk is reused when it is set again)."""
+        self._held[batch] = None
+
+    def close(self) -> None:
+        self._held = [None] * len(self.shapes)
+        self._file.close()
+
+
+class Spill:
+    """Empties the tensors that a stopped forward still holds, and fills them again before it goes on.
+
+    Only tensors that were seen by `watch` are touched, and of those only storages that nothing outside the forward shares
+    (`keep`). The bytes go to CPU memory (from an accelerator) or to disk.
+    """
+
+    def __init__(self, to_disk: bool, folder: Path):
+        self._watched: list[weakref.ref[Tensor]] = []
+        self._kept: set[int] = set()
+        self._file = ScratchFile(folder) if to_disk else None
+        self._saved: list[tuple[torch.UntypedStorage, int, int | torch.UntypedStorage]] = []
+
+    def keep(self, tensor: Tensor) -> None:
+        """Leave this tensor alone: it is shared with other forwards."""
+        self._kept.add(tensor.untyped_storage().data_ptr())
+
+    def watch(self, tensor: Tensor) -> None:
+        self._watched.append(weakref.ref(tensor))
+
+    def empty(self) -> None:
+        """Move the storages of all watched tensors that are still alive away."""
+        alive = [tensor for reference in self._watched if (tensor := reference()) is not None]
+        self._watched = [weakref.ref(tensor) for tensor in alive]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in alive}
+        for pointer, storage in storages.items():
+            nbytes = storage.nbytes()
+            if pointer in self._kept or nbytes == 0:
+                continue
+            view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+            copy = view.cpu()
+            if self._file is None:
+                self._saved.append((storage, nbytes, copy.clone().untyped_storage()))
+            else:
+                offset = self._file.allocate(nbytes)
+                self._file.write(offset, raw(copy))
+                self._saved.append((storage, nbytes, offset))
+            del view, copy
+            storage.resize_(0)
+
+    def fill(self) -> None:
+        """Bring everything back that `empty` moved."""
+        for storage, nbytes, place in self._saved:
+            storage.resize_(nbytes)
+            view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+            if isinstance(place, int):
+                assert self._file is not None
+                buffer = torch.empty(nbytes, dtype=torch.uint8)
+                self._file.read(place, raw(buffer))
+                view.copy_(buffer)
+            else:
+                view.copy_(torch.empty(0, dtype=torch.uint8).set_(place))  # type: ignore[call-overload]
+        self._saved.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = ScratchFile(self._file._folder)

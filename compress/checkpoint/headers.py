@@ -1,0 +1,149 @@
+"""What a checkpoint folder holds, from its index and shard headers alone: no torch, no weights read.
+
+safetensors layout: 8 bytes little-endian header length, the header (JSON: name -> dtype, shape, [begin, end)), the data.
+A header comes from a stranger: every number is checked against the file before anything is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from compress.errors import CheckpointError
+from compress.modules.spec import DTYPE_BYTES
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+STANDARD_STEM = "model"
+OWN_STEM = "compress"  # our format keeps its weights where stock loaders do not look: it must not load as random layers
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: where its bytes lie. `dtype` is the safetensors name ("BF16"), `offset` counts from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def parse_header(data: bytes, file: Path, file_bytes: int) -> dict[str, TensorInfo]:
+    """The tensors that a header announces.
+
+    Args:
+        data: the first bytes of the file, at least the whole header.
+        file_bytes: the size of the file, for the check that nothing is missing.
+
+    Raises: CheckpointError naming the file if the header is no header, or tensors lie outside the file.
+    """
+    length = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        assert isinstance(header, dict)
+    except (ValueError, AssertionError):
+        raise CheckpointError(f"{file}: not a safetensors file (its header is unreadable); fetch it again") from None
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, entry in header.items():
+        infos[name] = _tensor_info(name, entry, file, 8 + length)
+    end = max((info.offset + info.nbytes for info in infos.values()), default=8 + length)
+    if end > file_bytes:
+        raise CheckpointError(
+            f"{file}: truncated: the header announces {end:,} bytes, the file has {file_bytes:,}; fetch it again"
+        )
+    return infos
+
+
+def _tensor_info(name: str, entry: object, file: Path, data_start: int) -> TensorInfo:
+    try:
+        assert isinstance(entry, dict)
+        begin, end = (int(x) for x in entry["data_offsets"])
+        shape = tuple(int(x) for x in entry["shape"])
+        nbytes = prod(shape) * DTYPE_BYTES[entry["dtype"]]
+        assert 0 <= begin <= end and end - begin == nbytes and all(x >= 0 for x in shape)
+    except (AssertionError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{file}: tensor {name}: its header entry {entry!r} is impossible; fetch it again") from None
+    return TensorInfo(name, entry["dtype"], shape, file, data_start + begin, nbytes)
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. Raises: CheckpointError naming the file."""
+    try:
+        size = os.path.getsize(file)
+        with open(file, "rb") as stream:
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(f"{file}: truncated or not a safetensors file ({size:,} bytes); fetch it again")
+            return parse_header(start + stream.read(length), file, size)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing; the checkpoint is incomplete: fetch it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint in `folder`, by its index or by name.
+
+    Raises: CheckpointError if there are none, saying what was found instead.
+    """
+    for stem in (STANDARD_STEM, OWN_STEM):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return sorted({folder / Path(name).name for name in read_json(index).get("weight_map", {}).values()})
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise CheckpointError(
+            f"{folder}: holds pickled weights only, which are not loaded because a pickle can run code; "
+            f"convert them to safetensors first (for example: AutoModel.from_pretrained(dir).save_pretrained(new_dir))"
+        )
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder}: holds a GGUF file; start from the original safetensors checkpoint")
+    raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json in it")
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint folder, name -> where it lies.
+
+    Raises: CheckpointError naming file (and tensor) if a shard is missing, truncated or damaged, or the index names a
+    tensor that no shard holds.
+    """
+    infos: dict[str, TensorInfo] = {}
+    for file in weight_files(folder):
+        for name, info in read_header(file).items():
+            if name in infos:
+                raise CheckpointError(f"{file}: tensor {name} is also in {infos[name].file.name}; fetch the model again")
+            infos[name] = info
+    for stem in (STANDARD_STEM, OWN_STEM):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            for name, file_name in read_json(index).get("weight_map", {}).items():
+                if name not in infos:
+                    raise CheckpointError(f"{folder / file_name}: tensor {name} of the index is not in it; fetch it again")
+            break
+    if not infos:
+        raise CheckpointError(f"{folder}: its safetensors files hold no tensor")
+    return infos
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from a file. Raises: CheckpointError naming the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing; is {file.parent} a model folder?") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: a JSON object is expected, found {type(content).__name__}")
+    return content

@@ -1,0 +1,115 @@
+"""Tensors from a checkpoint folder, one at a time, by `pread`.
+
+Not memory-mapped: a map counts the whole file against an address-space limit and its pages as resident memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint.headers import TensorInfo, read_headers
+from compress.errors import CheckpointError
+
+COPY_CHUNK = 16 * 2**20
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "U16": torch.uint16,
+    "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class CheckpointReader:
+    """Lazy access to the tensors of one folder. Files are opened when first needed; `close` closes them."""
+
+    def __init__(self, folder: Path | str, infos: dict[str, TensorInfo] | None = None):
+        """`infos` replaces the folder's own headers, for a folder that is still being written."""
+        self.folder = Path(folder)
+        self.infos = read_headers(self.folder) if infos is None else infos
+        self._files: dict[Path, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises: CheckpointError if the checkpoint has no tensor of this name."""
+        if name not in self.infos:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing; the checkpoint does not fit its config.json")
+        return self.infos[name]
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole tensor; float tensors are cast to `dtype` if one is given."""
+        info = self.info(name)
+        tensor = self._bytes(info, 0, info.nbytes).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    def read_rows(self, name: str, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The given rows (a sorted 1-D int tensor) of a matrix, without reading the rest."""
+        info = self.info(name)
+        row_bytes = info.nbytes // info.shape[0]
+        out = torch.empty((len(rows), *info.shape[1:]), dtype=dtype or TORCH_DTYPES[info.dtype])
+        first = 0
+        for begin, end in _runs(rows.tolist()):
+            part = self._bytes(info, begin * row_bytes, (end - begin) * row_bytes)
+            part = part.view(TORCH_DTYPES[info.dtype])
+            out[first : first + end - begin] = part.reshape(end - begin, *info.shape[1:])
+            first += end - begin
+        return out
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The stored bytes of a tensor, piece by piece, as they are."""
+        info = self.info(name)
+        for begin in range(0, info.nbytes, COPY_CHUNK):
+            yield memoryview(self._bytes(info, begin, min(COPY_CHUNK, info.nbytes - begin)).numpy())
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _bytes(self, info: TensorInfo, begin: int, nbytes: int) -> Tensor:
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        descriptor = self._open(info.file)
+        done = 0
+        while done < nbytes:
+            n = os.preadv(descriptor, [view[done:]], info.offset + begin + done)
+            if n == 0:
+                raise CheckpointError(f"{info.file}: ends inside tensor {info.name}; the file was cut: fetch it again")
+            done += n
+        return buffer
+
+    def _open(self, file: Path) -> int:
+        if file not in self._files:
+            try:
+                self._files[file] = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be opened: {error.strerror}") from None
+        return self._files[file]
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive stretches of sorted row numbers as half-open ranges."""
+    start = previous = None
+    for row in rows:
+        if start is None:
+            start = row
+        elif row != previous + 1:  # type: ignore[operator]
+            yield start, previous + 1  # type: ignore[operator]
+            start = row
+        previous = row
+    if start is not None:
+        yield start, previous + 1  # type: ignore[operator]
