@@ -1,6 +1,6 @@
 """What a decoder consists of, as data: blocks, sites, norms, head, experts, and their names on disk.
 
-Readable without torch: `compress plan` and the recipe checks use nothing else. The families' tables are in `families.py`;
+Readable without torch: `compress plan` and the recipe checks use nothing else. The families' tables are in `tables.py`;
 `skeleton.py` checks them against the real modules.
 
 A *site* is a set of linears that share one input. Statistics of that input belong to the site, once.
@@ -25,9 +25,10 @@ class Producer:
 
 @dataclass(frozen=True)
 class Site:
-    """Linears that share one input, named as on disk, in full (`model.layers.3.self_attn.q_proj`).
+    """Linears that share one input; `linears` are named as on disk, in full (`model.layers.3.self_attn.q_proj`).
 
-    `kind` is one of "attn_in", "attn_out", "mlp_in", "mlp_out", "expert_in", "expert_out", "head", "embedding".
+    `kind` is one of "attn_in", "attn_out", "mlp_in", "mlp_out", "expert_in", "expert_out", "head", "embedding". `name`
+    is `{block}.{kind}`, or `{block}.{kind}.{expert}`, or the kind alone outside the blocks.
     A site of kind "embedding" has a lookup table instead of a linear, and no input statistics.
     """
 
@@ -76,6 +77,7 @@ class Architecture:
     tied: bool  # the head's weight is the token table's
     transposed: bool  # weights are stored [in, out] (Conv1D)
     experts: Experts | None = None
+    norm_offset: float = 0.0  # added to a norm's stored weight before it scales (Gemma: 1)
 
     @property
     def n_blocks(self) -> int:
