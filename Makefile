@@ -1,0 +1,40 @@
+# make demo | test | lint | bench | clean.  Each sets up .venv first: the pinned versions of constraints.txt.
+# Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Workers x threads = cores: two workers of one thread each are quicker than one worker of two on the small models of the tests.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "compress needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	rm -rf out/demo
+	$(BIN)/compress run --recipe recipes/demo.yaml --out out/demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Benchmarks that need this repository only; those beside other tools say at their top what they need.
+bench: $(STAMP)
+	@set -e; for script in $(sort $(wildcard scripts/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
