@@ -35,17 +35,17 @@ class Skeleton:
     def __init__(self, config: PretrainedConfig, architecture: Architecture, dtype: torch.dtype) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
 
         config = copy.deepcopy(config)
         if hasattr(config, "quantization_config"):  # of a source that is compressed already: we build the plain model
             del config.quantization_config
         config.tie_word_embeddings = architecture.tied
-        with init_empty_weights(
-            include_buffers=False
-        ):  # rotary tables and the like are in no checkpoint: keep them real
-            self.model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        with no_init_weights():
+            with init_empty_weights(include_buffers=False):  # buffers in no checkpoint (rotary tables, …) are kept real
+                self.model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            unfuse_experts(self.model, architecture)
         self.model.requires_grad_(False)
-        unfuse_experts(self.model, architecture)
         self.architecture = architecture
         self.dtype = dtype
         self.blocks: list[nn.Module] = [self.module(name) for name in architecture.blocks]
@@ -136,7 +136,8 @@ class _Contents:
 
 
 def _persistent(module: nn.Module) -> list[str]:
-    return [n for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set]
+    buffers = module._buffers
+    return [n for n, b in buffers.items() if b is not None and n not in module._non_persistent_buffers_set]
 
 
 def _own_slots(module: nn.Module, name: str) -> Slots:
