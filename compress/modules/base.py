@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +15,60 @@ from compress.modules.spec import ModuleSpec
 
 @dataclass(frozen=True)
 class Leaf:
-    """A matrix inside a module that a later step may compress in turn. `weight` is float32 [out_features, in_features]."""
+    """A matrix inside a module that a later step may compress in turn: float32 [out_features, in_features]."""
 
     weight: Tensor
 
 
 class CompressedModule(nn.Module, ABC):
-    """A replaced linear (or embedding). Its state_dict is what is stored: the tensors of `spec`, and `bias` if there is one."""
+    """A replaced linear or table. Its state_dict is what is stored: the tensors of `spec`, and `bias` if there is one."""
 
     spec: ModuleSpec
+    held: Tensor | None = None  # a dense copy for repeated forwards; neither saved nor copied nor moved
 
     @classmethod
     @abstractmethod
-    def from_spec(cls, spec: ModuleSpec, bias: bool, dtype: torch.dtype, device: torch.device | str) -> CompressedModule:
+    def from_spec(
+        cls, spec: ModuleSpec, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta"
+    ) -> CompressedModule:
         """An unfilled module, for a loader to fill. `dtype` is the dtype of its float tensors."""
 
     @abstractmethod
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight it stands for, [out_features, in_features]; by default in the dtype of its own float tensors."""
 
+    def adopt(self, original: nn.Module) -> None:
+        """Take over what the module in whose place this one is put does beside its weight. Usually nothing."""
+        return
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that are stored, by suffix: those of `spec`, and `bias` if there is one."""
+        return dict(self.state_dict())
+
+    def leaves(self) -> dict[str, Leaf]:
+        """What a later step may compress. By default the weight as a whole."""
+        return {"": Leaf(self.dense(torch.float32))}
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keep a dense copy in `dtype` until `release`, so that repeated forwards do not decode again."""
+        self.held = self.dense(dtype)
+
+    def release(self) -> None:
+        """Let go of the dense copy."""
+        self.held = None
+
     @property
     def nbytes(self) -> int:
         """Bytes stored, the bias not counted; equals `spec.nbytes`."""
         return sum(t.nbytes for name, t in self.state_dict().items() if name != "bias")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.release()  # .to(), .half(), .cuda(): the copy would stay behind
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "held"}

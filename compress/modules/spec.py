@@ -29,7 +29,7 @@ class ModuleSpec(ABC):
 
     @abstractmethod
     def tensors(self, float_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Stored tensors: suffix -> (safetensors dtype, shape), without the bias. `float_dtype` is the model's ("BF16")."""
+        """Stored tensors, the bias left out: suffix -> (safetensors dtype, shape). `float_dtype`: the model's ("BF16")."""
 
     @abstractmethod
     def validate(self) -> None:

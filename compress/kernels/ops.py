@@ -1,0 +1,105 @@
+"""The operations of compressed modules: their schemas, and a reference in torch for each.
+
+The reference is what a faster implementation must equal, and what runs where there is none. This room knows torch only.
+
+    quantized_linear:  x @ weight.T + bias,  weight = (codes - zero_point) * scale  rounded to the dtype of `scale`,
+                       then taken in the dtype of x
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.kernels.packing import dequantize, unpack, unpack_entries
+
+TILE = 1 << 20  # weights dequantised at a time: 4 MB in float32, whatever the size of the matrix
+
+LIBRARY = torch.library.Library("compress", "DEF")
+LIBRARY.define(
+    "quantized_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+    "int bits, int group_size, int in_features) -> Tensor"
+)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """A linear layer with weights in packed integer codes.
+
+    Args:
+        x: [..., in_features], float32, bfloat16 or float16; any strides, may be empty.
+        weight_packed: int32 [out, ceil(in_features * bits / 32)].
+        weight_scale: [out, groups].
+        weight_zero_point: int32 [ceil(out * bits / 32), groups]; None: 2^(bits-1) everywhere.
+        bias: [out].
+        group_size: inputs that share a scale; -1: all.
+
+    Returns: [..., out] in the dtype of x.
+    """
+    return torch.ops.compress.quantized_linear(
+        x, weight_packed, weight_scale, weight_zero_point, bias, bits, group_size, in_features
+    )
+
+
+def _reference(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    n_out = weight_packed.shape[0]
+    flat = x.reshape(-1, in_features)
+    out = x.new_empty(flat.shape[0], n_out)
+    step = max(1, TILE // in_features)
+    for start in range(0, n_out, step):
+        rows = slice(start, min(start + step, n_out))
+        weight = dequantize_rows(weight_packed, weight_scale, weight_zero_point, bits, in_features, rows).to(x.dtype)
+        out[:, rows] = functional.linear(flat, weight, None if bias is None else bias[rows].to(x.dtype))
+    return out.view(*x.shape[:-1], n_out)
+
+
+def dequantize_rows(
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bits: int,
+    in_features: int,
+    rows: slice,
+) -> Tensor:
+    """Rows of the weight that the tensors stand for, [rows, in_features], in the dtype of `weight_scale`."""
+    codes = unpack(weight_packed[rows], bits, in_features)
+    zero_point = None
+    if weight_zero_point is not None:
+        index = torch.arange(rows.start, rows.stop, device=weight_packed.device)
+        zero_point = unpack_entries(weight_zero_point, bits, index)
+    return dequantize(codes, weight_scale[rows], zero_point, bits)
+
+
+def _meta(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
+
+
+LIBRARY.impl("quantized_linear", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("quantized_linear", _meta, "Meta")
