@@ -138,6 +138,9 @@ def _check_names(family: Family, settings: Settings, names: Collection[str]) -> 
             f"{prefix}{missing}: config.json has num_hidden_layers={n_blocks}, but no tensor of this block is stored; "
             f"mend config.json or fetch the missing shards"
         )
+    table = _base(family, names) + family.embeddings[0]
+    if not any(name.startswith(f"{table}.") for name in names):
+        raise CheckpointError(f"{table}: the token embedding is not stored; load and save the model with transformers")
     if settings.get("num_experts", 0) > len(names):
         raise CheckpointError(
             f"config.json: num_experts={settings['num_experts']}, but only {len(names)} tensors are stored; mend it"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +51,10 @@ class Skeleton:
         self.dtype = dtype
         self.blocks: list[nn.Module] = [self.module(name) for name in architecture.blocks]
         _check(self)
-        self._original = [_Contents(block) for block in self.blocks]
+        inside = [list(block.modules()) for block in self.blocks]
+        within = {id(module) for modules in inside for module in modules}
+        self._original = [_Contents(modules) for modules in inside]
+        self._original_outside = _Contents([m for m in self.model.modules() if id(m) not in within])
         self._original_head = self.module(architecture.head.linears[0])
 
     def module(self, disk_name: str) -> nn.Module:
@@ -65,7 +69,7 @@ class Skeleton:
             ) from None
 
     def replace(self, disk_name: str, module: nn.Module) -> None:
-        """Put `module` in the place of the module of that name. In a block it stays until `empty_block`."""
+        """Put `module` in the place of the module of that name. It stays until `empty_block` or `empty_outside`."""
         self.module(disk_name)
         parent, _, child = module_name(self.architecture, disk_name).rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
@@ -111,6 +115,10 @@ class Skeleton:
         """Put the block back as it was built: its own modules, on meta."""
         self._original[index].restore()
 
+    def empty_outside(self) -> None:
+        """Put embeddings, final norm and head back as they were built."""
+        self._original_outside.restore()
+
     def _slots(self, root: nn.Module, prefix: str) -> Slots:
         module_prefix = module_name(self.architecture, prefix)
         slots: Slots = {}
@@ -120,12 +128,11 @@ class Skeleton:
 
 
 class _Contents:
-    """What a tree of modules holds: children, parameters and persistent buffers, to be put back later."""
+    """What modules hold: children, parameters and persistent buffers, to be put back later."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.saved = [
-            (m, dict(m._modules), dict(m._parameters), {n: m._buffers[n] for n in _persistent(m)})
-            for m in root.modules()
+            (m, dict(m._modules), dict(m._parameters), {n: m._buffers[n] for n in _persistent(m)}) for m in modules
         ]
 
     def restore(self) -> None:

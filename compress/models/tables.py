@@ -216,8 +216,10 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
 }
 
 REFUSED = {  # model_type -> why, and what to do
-    "gemma3": "is Gemma 3 wrapped together with a vision tower, and only its language model can be compressed; "
-    "save that alone with transformers (Gemma3ForCausalLM, model_type gemma3_text) and give the new folder",
+    "gemma3": "is Gemma 3 wrapped together with a vision tower, and only its language model can be compressed. Save "
+    "that alone (gemma3_text): m = Gemma3ForConditionalGeneration.from_pretrained(…); "
+    "t = Gemma3ForCausalLM(m.config.text_config); t.model = m.model.language_model; t.tie_weights(); "
+    "t.save_pretrained(…). Gemma3ForCausalLM.from_pretrained of the wrapper itself gives random weights",
 }
 
 # Buffers that old releases of transformers stored, and that models no longer have: causal masks and rotary tables.

@@ -1,14 +1,16 @@
 """The tables, without torch: what `architecture_of` says of a config, and what it refuses."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from compress.errors import CheckpointError, RecipeError
 from compress.models.families import architecture_of, disk_name, is_ignored, known_families, module_name
 from compress.models.tables import FAMILIES
-from tests.tiny_models import TINY, tiny_config
+from tests.tiny_models import TINY, tensor_names, tiny_config
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 288}
 
@@ -121,7 +123,8 @@ def test_the_prefix_is_read_off_the_names():
     assert (arch.blocks, arch.embeddings, arch.final_norm) == (("h.0",), ("wte", "wpe"), "ln_f")
     assert module_name(arch, "h.0.attn.c_attn") == "transformer.h.0.attn.c_attn"
     assert module_name(arch, "lm_head") == "lm_head"
-    opt = architecture_of(tiny_config("opt", num_hidden_layers=1).to_dict(), ["decoder.layers.0.fc1.weight"])
+    names = ["decoder.layers.0.fc1.weight", "decoder.embed_tokens.weight"]
+    opt = architecture_of(tiny_config("opt", num_hidden_layers=1).to_dict(), names)
     assert module_name(opt, opt.sites(0)[2].linears[0]) == "model.decoder.layers.0.fc1"
 
 
@@ -144,6 +147,23 @@ def test_unknown_family_names_the_nearest_and_the_known():
         architecture_of({**LLAMA, "model_type": "qwen4"})
 
 
+def test_the_remedy_for_wrapped_gemma_works(tmp_path):
+    from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=TINY["gemma3_text"][1], vision_config=vision, mm_tokens_per_image=4)
+    m = Gemma3ForConditionalGeneration(config)
+    t = Gemma3ForCausalLM(m.config.text_config)
+    t.model = m.model.language_model
+    t.tie_weights()
+    t.save_pretrained(tmp_path)
+    assert architecture_of(json.loads((tmp_path / "config.json").read_text()), tensor_names(tmp_path)).tied
+    again = Gemma3ForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, m.lm_head.weight)
+    assert torch.equal(again.model.layers[2].mlp.up_proj.weight, m.model.language_model.layers[2].mlp.up_proj.weight)
+
+
 def test_refusals_give_reason_and_remedy():
     with pytest.raises(RecipeError, match=r"'gemma3' .*vision tower.*gemma3_text"):
         architecture_of({**LLAMA, "model_type": "gemma3"})
@@ -162,8 +182,16 @@ def test_refusals_give_reason_and_remedy():
     ],
 )
 def test_a_config_that_cannot_be_is_refused_at_once(says, message):
+    names = ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"]
     with pytest.raises(CheckpointError, match=message):
-        architecture_of({**LLAMA, "num_hidden_layers": 1, **says}, ["model.layers.0.mlp.up_proj.weight"])
+        architecture_of({**LLAMA, "num_hidden_layers": 1, **says}, names)
+
+
+def test_a_missing_embedding_is_refused():
+    with pytest.raises(
+        CheckpointError, match=r"model.embed_tokens: .*not stored"
+    ):  # transformers would take the head's
+        architecture_of({**LLAMA, "num_hidden_layers": 1}, ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
 
 
 def test_leftovers_of_old_releases():

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,6 +15,7 @@ from compress.models.skeleton import Skeleton
 from tests.tiny_models import TINY, save_tiny, tensor_names, tiny_config
 
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))  # longer than the sliding windows
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +71,13 @@ def test_streaming_gives_the_logits_of_the_whole_model(folder_of, family):
         expected = whole(TOKENS, use_cache=False).logits
     streamed = streamed_logits(skeleton_of(folder), load_file(folder / "model.safetensors"), TOKENS)
     assert expected.std() > 0.1
-    if whole.config.model_type in ("mixtral", "qwen3_moe"):  # its fused experts run in other shapes than ours
+    if family in MIXTURES:  # their fused experts multiply in other shapes than ours
         torch.testing.assert_close(streamed, expected, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(streamed, expected)
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma3_text", "llama_gqa_tied"])
+@pytest.mark.parametrize("family", [name for name in TINY if name not in MIXTURES])
 def test_streaming_in_bfloat16(folder_of, family):
     folder = folder_of(family)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -153,6 +154,45 @@ def test_a_tied_head_follows_its_embedding_until_it_is_replaced(folder_of):
     assert head.weight.data_ptr() == embedding.weight.data_ptr()
     skeleton.replace("lm_head", nn.Linear(64, 288, bias=False))
     assert "lm_head.weight" in skeleton.outside_tensors()
+
+
+def test_what_is_outside_the_blocks_can_be_emptied(folder_of):
+    folder = folder_of("opt_post_norm")
+    skeleton, tensors = skeleton_of(folder), load_file(folder / "model.safetensors")
+    for name in skeleton.outside_tensors():
+        skeleton.fill(name, tensors[name])
+    original = skeleton.module("lm_head")
+    skeleton.replace("lm_head", nn.Linear(32, 288, bias=False))
+    skeleton.empty_outside()
+    assert skeleton.module("lm_head") is original
+    assert real_tensors(skeleton.model) == []
+
+
+def both_stored_and_different(tensors):
+    return {**tensors, "lm_head.weight": torch.randn(288, 64)}
+
+
+def without_prefix(tensors):
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "says"),
+    [
+        ("llama_gqa_tied", both_stored_and_different, {}),  # config.json ties them, transformers then does not
+        ("opt", without_prefix, {}),  # as the original OPT
+        ("mistral", dict, {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}),  # is Ministral
+    ],
+)
+def test_oddities_of_checkpoints(tmp_path, family, change, says):
+    folder = save_tiny(family, tmp_path, tokenizer=False)
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **says}))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder).eval()(TOKENS, use_cache=False).logits
+    assert torch.equal(streamed_logits(skeleton_of(folder), tensors, TOKENS), expected)
 
 
 def test_wrong_tensors_are_refused_by_name(folder_of):
