@@ -1,0 +1,326 @@
+"""A model run from its files, block by block: never more than one block, the small outer parts and the head in memory.
+
+Original checkpoints and compressed ones (compressed-tensors or our own format) are the same to everyone who uses this:
+the pass that compresses, the replay of an interrupted run, the evaluation.
+
+How a model family wires its blocks is never written down here. The outer model of transformers runs with the blocks'
+`forward` replaced: once to record what each block is called with (masks and rotary tables differ by block), and once to
+bring the last hidden states through the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compress.checkpoint.description import modules_of
+from compress.checkpoint.headers import read_json
+from compress.checkpoint.reader import CheckpointReader
+from compress.errors import CheckpointError
+from compress.models.families import architecture_of
+from compress.models.skeleton import Skeleton
+from compress.modules.base import CompressedModule
+from compress.modules.registry import module_class
+from compress.modules.spec import ModuleSpec
+
+KEPT_ARGUMENT_BYTES = 256 * 2**20  # recorded masks and rotary tables, before they are recorded anew at each use
+HEAD_TILE = 8192  # rows of the head converted at a time
+
+
+class _Reached(Exception):
+    """The last block was called: nothing after it is wanted."""
+
+
+class StreamedModel:
+    """A checkpoint folder whose blocks are loaded, run and dropped one at a time.
+
+    Args:
+        folder: an original or compressed checkpoint.
+        dtype: the dtype in which everything is computed.
+        device: where it is computed.
+        reader: tensors of the folder, where they are not (all) in finished files yet; by default the folder's own.
+        specs: the compressed modules by disk name; by default those that config.json describes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        reader: CheckpointReader | None = None,
+        specs: dict[str, ModuleSpec] | None = None,
+        trust_remote_code: bool = False,
+    ):
+        from transformers import AutoConfig
+
+        raw = read_json(folder / "config.json")
+        self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
+        self.reader = reader or CheckpointReader(folder)
+        self.specs = modules_of(raw) if specs is None else specs
+        self.architecture = architecture_of(raw, self.reader.infos.keys())
+        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.skeleton = Skeleton(self.config, self.architecture, dtype)
+        self._backbone = _parent_of_blocks(self.skeleton.model, self.skeleton.blocks[0])
+        self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._kept_bytes = 0
+        self._outside_loaded = False
+        self._head_loaded = False
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.skeleton.blocks)
+
+    # ---- blocks
+
+    def load_block(self, index: int, reader: CheckpointReader | None = None, specs: dict[str, ModuleSpec] | None = None) -> nn.Module:
+        """Block `index` with its weights, compressed modules included, ready to run. `unload_block` drops it.
+
+        Args:
+            reader, specs: of another checkpoint of the same model than the one that was opened.
+        """
+        reader = reader or self.reader
+        specs = self.specs if specs is None else specs
+        block = self.skeleton.blocks[index]
+        names = list(self.skeleton.block_tensors(index))
+        self._fill(names, reader, specs, f"{self.architecture.blocks[index]}.")
+        return block.to(self.device)
+
+    def unload_block(self, index: int) -> None:
+        self.skeleton.empty_block(index)
+
+    def _fill(self, names: list[str], reader: CheckpointReader, specs: dict[str, ModuleSpec], prefix: str) -> None:
+        replaced = {name: spec for name, spec in specs.items() if name.startswith(prefix)}
+        for name, spec in replaced.items():
+            module = load_module(name, spec, reader, self.dtype)
+            module.hold(self.dtype)
+            self.skeleton.replace(name, module)
+        for name in names:
+            if name.rpartition(".")[0] not in replaced:
+                self.skeleton.fill(name, reader.read(name, self.dtype))
+
+    # ---- the way in
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The hidden states that enter block 0, for token ids [batch, length]."""
+        self._load_outside()
+        table = self.skeleton.module(self.architecture.embeddings[0])
+        if not isinstance(table, CompressedModule):
+            rows, ids = ids.unique(return_inverse=True)  # only the rows that occur are read
+            name = f"{self.architecture.embeddings[0]}.weight"
+            weight = self.reader.read_rows(name, rows, self.dtype).to(self.device)
+            table.weight = nn.Parameter(weight, requires_grad=False)
+        entered: list[Tensor] = []
+
+        def enter(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            entered.append(hidden_states)
+            raise _Reached
+
+        with self._blocks_replaced([enter] * self.n_blocks), torch.no_grad():
+            try:
+                self._backbone(input_ids=ids.to(self.device), use_cache=False)
+            except _Reached:
+                pass
+        return entered[0].clone()
+
+    def call_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Run block `index` on hidden states [batch, length, hidden_size], with the arguments the model gives it."""
+        args, kwargs = self.block_arguments(index, (hidden.shape[0], hidden.shape[1]))
+        output = block(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def block_arguments(self, index: int, shape: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model passes to block `index` beside the hidden states, for inputs [batch, length] without padding."""
+        calls = self._calls.get(shape)
+        if calls is None:
+            calls = self._record(shape)
+            nbytes = sum(t.nbytes for t in {id(t): t for call in calls for t in tensors_in(call)}.values())
+            if self._kept_bytes + nbytes <= KEPT_ARGUMENT_BYTES:
+                self._calls[shape] = calls
+                self._kept_bytes += nbytes
+        return calls[index]
+
+    def _record(self, shape: tuple[int, int]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        self._load_outside()
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append((args, kwargs))
+            if len(calls) == self.n_blocks:
+                raise _Reached
+            return hidden_states
+
+        zeros = torch.zeros(*shape, self._table_width(), dtype=self.dtype, device=self.device)
+        with self._blocks_replaced([record] * self.n_blocks), torch.no_grad():
+            try:
+                self._backbone(inputs_embeds=zeros, use_cache=False)
+            except _Reached:
+                pass
+        return calls
+
+    # ---- the way out
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The last block's output, through the final norm (and projection, where a family has one)."""
+        self._load_outside()
+
+        def substitute(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return hidden
+
+        zeros = torch.zeros(*hidden.shape[:2], self._table_width(), dtype=self.dtype, device=self.device)
+        with self._blocks_replaced([substitute] * self.n_blocks), torch.no_grad():
+            return self._backbone(inputs_embeds=zeros, use_cache=False).last_hidden_state
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Logits [batch, length, vocabulary] of final normed hidden states, with whatever the family does after its head."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        self.load_head()
+        zeros = torch.zeros(normed.shape[:2], dtype=torch.long, device=self.device)
+        self._backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=normed)
+        try:
+            with torch.no_grad():
+                return self.skeleton.model(input_ids=zeros, use_cache=False).logits
+        finally:
+            del self._backbone.forward
+
+    def load_head(self) -> None:
+        """Load the head, in its stored dtype (a head in float32 can outweigh a block); rows are converted as they are used."""
+        if self._head_loaded:
+            return
+        self._head_loaded = True
+        name = self.architecture.head.linears[0]
+        if name in self.specs:
+            module = load_module(name, self.specs[name], self.reader, self.dtype)
+            self.skeleton.replace(name, module.to(self.device))
+            return
+        tied_to = self.architecture.embeddings[0]
+        if self.architecture.tied and tied_to in self.specs:
+            weight = load_module(tied_to, self.specs[tied_to], self.reader, self.dtype).dense(self.dtype)
+        else:
+            weight = self.reader.read(f"{tied_to if self.architecture.tied else name}.weight")
+        bias = self.reader.read(f"{name}.bias", self.dtype) if f"{name}.bias" in self.reader else None
+        self.skeleton.replace(name, TiledHead(weight, bias).to(self.device))
+
+    def unload_head(self) -> None:
+        """Let go of the head."""
+        if self._head_loaded:
+            self.skeleton.replace(self.architecture.head.linears[0], nn.Identity())
+            self._head_loaded = False
+
+    # ---- shared
+
+    def _table_width(self) -> int:
+        table = self.architecture.embeddings[0]
+        return self.specs[table].in_features if table in self.specs else self.reader.info(f"{table}.weight").shape[1]
+
+    def replace_table(self, module: CompressedModule) -> None:
+        """Use a compressed token table from here on."""
+        self._load_outside()
+        self.skeleton.replace(self.architecture.embeddings[0], module.to(self.device))
+
+    def replace_head(self, module: nn.Module) -> None:
+        """Use another head from here on."""
+        self._head_loaded = True
+        self.skeleton.replace(self.architecture.head.linears[0], module.to(self.device))
+
+    def _load_outside(self) -> None:
+        """The small parts outside the blocks: norms, position tables, projections. Not the token table, not the head."""
+        if self._outside_loaded:
+            return
+        self._outside_loaded = True
+        table, head = self.architecture.embeddings[0], self.architecture.head.linears[0]
+        for name in self.skeleton.outside_tensors():
+            if name.rpartition(".")[0] not in (table, head):
+                self.skeleton.fill(name, self.reader.read(name, self.dtype).to(self.device))
+        if table in self.specs:
+            self.skeleton.replace(table, load_module(table, self.specs[table], self.reader, self.dtype).to(self.device))
+        for module in self.skeleton.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+    @contextmanager
+    def _blocks_replaced(self, forwards: list[Any]) -> Iterator[None]:
+        blocks = self.skeleton.blocks
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+class TiledHead(nn.Module):
+    """A linear whose weight stays in its stored dtype; rows are converted tile by tile when it runs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self.weight.shape[0])
+        for first in range(0, self.weight.shape[0], HEAD_TILE):
+            rows = slice(first, first + HEAD_TILE)
+            bias = None if self.bias is None else self.bias[rows]
+            out[..., rows] = functional.linear(x, self.weight[rows].to(x.dtype), bias)
+        return out
+
+
+def load_module(name: str, spec: ModuleSpec, reader: CheckpointReader, dtype: torch.dtype) -> CompressedModule:
+    """A compressed module from its stored tensors. Float tensors are cast to `dtype`.
+
+    Raises: CheckpointError naming the tensor if one is missing or its shape or dtype is not what `spec` says.
+    """
+    suffixes = [*spec.tensors("F32"), *(["bias"] if f"{name}.bias" in reader else [])]
+    return rebuild_module(name, spec, {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}, dtype)
+
+
+def rebuild_module(name: str, spec: ModuleSpec, stored: dict[str, Tensor], dtype: torch.dtype) -> CompressedModule:
+    """A compressed module as it will be when its stored tensors are loaded in `dtype`.
+
+    Raises: CheckpointError naming the tensor whose shape or dtype is not what `spec` says.
+    """
+    module = module_class(spec.representation).from_spec(spec, "bias" in stored, dtype, "meta")
+    expected = module.state_dict()
+    state = {}
+    for suffix, tensor in stored.items():
+        wanted = expected[suffix]
+        if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
+            raise CheckpointError(
+                f"{name}.{suffix}: {tensor.dtype} {tuple(tensor.shape)} is stored, but config.json describes "
+                f"{wanted.dtype} {tuple(wanted.shape)}; the checkpoint is damaged"
+            )
+        state[suffix] = tensor.to(wanted.dtype)
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in tensors_in(v)]
+    if isinstance(value, tuple | list):
+        return [t for v in value for t in tensors_in(v)]
+    return []
+
+
+def _parent_of_blocks(model: nn.Module, first_block: nn.Module) -> Any:
+    """The module whose forward runs the blocks: the one that holds the list they stand in."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) and child[0] is first_block:
+                return module
+    raise AssertionError("the blocks stand in no ModuleList")

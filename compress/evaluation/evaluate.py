@@ -1,0 +1,174 @@
+"""`compress eval`: perplexity of a checkpoint, and its fidelity to a reference, streamed block by block.
+
+Neither model is ever in memory as a whole, nor do the two meet: of the reference only the final normed hidden states stay
+(in memory or on disk), of which its head makes logits again, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.calibration.store import HiddenStates
+from compress.checkpoint.source import find_source
+from compress.checkpoint.stream import StreamedModel
+from compress.errors import CheckpointError, RecipeError
+from compress.evaluation.fidelity import compare, score
+from compress.evaluation.windows import Windows, cut_windows
+from compress.pipeline.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from compress.pipeline.plan import Plan
+    from compress.pipeline.run import Machine
+    from compress.recipe import Evaluation
+
+BATCH_TOKENS = 4096
+DEFAULT_LENGTH = 2048  # the window of the published tables, or the model's context where that is shorter
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    settings: Evaluation | None = None,
+    machine: Machine | None = None,
+    progress: Progress | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Perplexity of `model` on a text, and KL and top-1 agreement with `reference` where one is given.
+
+    Args:
+        model, reference: folders or Hub ids, original or compressed; they must share a tokenizer.
+        settings: the text and the windows; by default the shipped held-out text.
+
+    Returns: a dictionary for JSON: "text", "model", and with a reference "reference" and "fidelity".
+    Raises: RecipeError, CheckpointError, NumericsError with the remedy.
+    """
+    from compress.pipeline.run import Machine, compute_device
+    from compress.recipe import Evaluation
+
+    settings, machine, progress = settings or Evaluation(), machine or Machine(), progress or Silent()
+    folder = find_source(str(model), revision).fetch()
+    reference_folder = None if reference is None else find_source(str(reference)).fetch()
+    device, dtype = compute_device(machine), torch.float32
+    run = _Evaluation(settings, machine, progress, device, dtype, trust_remote_code)
+    return run(folder, reference_folder)
+
+
+def evaluate_run(plan: Plan, source: Path, out: Path, machine: Machine, progress: Progress) -> dict[str, Any]:
+    """The evaluation that a recipe asks for: the result beside the original, in the dtype of the run."""
+    from compress.pipeline.run import compute_place
+
+    settings = plan.recipe.evaluation
+    assert settings
+    device, dtype = compute_place(plan, machine)
+    run = _Evaluation(settings, machine, progress, device, dtype, plan.recipe.model.trust_remote_code)
+    return run(out, source)
+
+
+class _Evaluation:
+    def __init__(
+        self,
+        settings: Evaluation,
+        machine: Machine,
+        progress: Progress,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
+    ):
+        self.settings, self.machine, self.progress = settings, machine, progress
+        self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
+
+    def __call__(self, folder: Path, reference: Path | None) -> dict[str, Any]:
+        model = self._open(folder)
+        windows = self.windows(folder, model)
+        text = {
+            "data": self.settings.data,
+            "windows": len(windows.ids),
+            "length": windows.ids.shape[1],
+            "stride": windows.stride,
+            "text_tokens": windows.n_text_tokens,
+            "text_bytes": windows.n_text_bytes,
+            "begins_with_bos": windows.bos,
+        }
+        with tempfile.TemporaryDirectory(prefix="compress-eval-") as scratch:
+            if reference is None:
+                hidden = self.final_hidden(model, windows, Path(scratch))
+                scores = score(windows, hidden, model.logits, model.architecture.vocab_size, str(folder))
+                model.close()
+                return {"text": text, "model": {"path": str(folder), **scores.to_dict(windows)}}
+            original = self._open(reference)
+            self._check_same_tokens(model, original)
+            reference_hidden = self.final_hidden(original, windows, Path(scratch))
+            hidden = self.final_hidden(model, windows, Path(scratch))
+            theirs, ours, fidelity = compare(
+                windows, reference_hidden, original.logits, hidden, model.logits, model.architecture.vocab_size, str(folder)
+            )
+            model.close()
+            original.close()
+        return {
+            "text": text,
+            "reference": {"path": str(reference), **theirs.to_dict(windows)},
+            "model": {"path": str(folder), **ours.to_dict(windows)},
+            "fidelity": fidelity,
+        }
+
+    def _open(self, folder: Path) -> StreamedModel:
+        return StreamedModel(folder, self.dtype, self.device, trust_remote_code=self.trust_remote_code)
+
+    def _check_same_tokens(self, model: StreamedModel, reference: StreamedModel) -> None:
+        if model.architecture.vocab_size != reference.architecture.vocab_size:
+            raise CheckpointError(
+                f"{reference.folder}: vocabulary of {reference.architecture.vocab_size}, {model.folder} has "
+                f"{model.architecture.vocab_size}: they cannot be compared token by token"
+            )
+
+    def windows(self, folder: Path, model: StreamedModel) -> Windows:
+        from compress.calibration.data import load_text, load_tokenizer
+
+        limit = model.architecture.max_positions
+        length = self.settings.length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+        if limit is not None and length > limit:
+            raise RecipeError(f"evaluation.length: {length} tokens, but the model has {limit} positions; use at most {limit}")
+        tokenizer = load_tokenizer(folder, trust_remote_code=self.trust_remote_code)
+        text = load_text(self.settings)
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+        if len(ids) and int(ids.max()) >= model.architecture.vocab_size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer gives id {int(ids.max())}, the model has {model.architecture.vocab_size} rows of "
+                f"embeddings: it is another model's tokenizer; put the right one beside the weights"
+            )
+        bos = bool(len(ids)) and tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id
+        return cut_windows(ids, length, len(text.encode()), self.settings.stride, self.settings.max_tokens, bos)
+
+    @torch.no_grad()
+    def final_hidden(self, model: StreamedModel, windows: Windows, scratch: Path) -> HiddenStates:
+        """Final normed hidden states of all windows: every block is loaded once and runs on all of them."""
+        from compress.pipeline.run import activation_limit
+
+        per_batch = max(1, BATCH_TOKENS // windows.ids.shape[1])
+        batches = list(windows.ids.split(per_batch))
+        first = model.embed(batches[0])
+        shapes = [(*ids.shape, first.shape[-1]) for ids in batches]
+        hidden = HiddenStates(shapes, self.dtype, activation_limit(self.machine), scratch)
+        for batch, ids in enumerate(batches):
+            hidden[batch] = model.embed(ids)
+        self.progress.begin(f"evaluate {model.folder.name}", model.n_blocks, "block")
+        for index in range(model.n_blocks):
+            block = model.load_block(index)
+            for batch in range(len(hidden)):
+                hidden[batch] = model.call_block(block, index, hidden[batch].to(self.device))
+            model.unload_block(index)
+            self.progress.advance(1)
+        width = model.final_norm(hidden[0][:1, :1].to(self.device)).shape[-1]
+        normed = HiddenStates([(*shape[:2], width) for shape in shapes], self.dtype, activation_limit(self.machine), scratch)
+        for batch in range(len(hidden)):
+            normed[batch] = model.final_norm(hidden[batch].to(self.device))
+            hidden.drop(batch)
+        hidden.close()
+        self.progress.end()
+        return normed

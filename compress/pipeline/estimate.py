@@ -1,0 +1,178 @@
+"""Predicted peak memory and time of a run, from shapes alone.
+
+Memory is a sum of what is alive at the worst moment, term by term. Time is arithmetic divided by the speed of a matrix
+product measured on the spot, so it is an estimate of the order, not a promise; the report puts both beside what happened.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from math import prod
+from typing import TYPE_CHECKING
+
+from compress.modules.spec import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from compress.methods.base import LayerShape
+    from compress.pipeline.plan import Plan, StepPlan
+
+BASE_BYTES = 330 * 2**20  # anonymous memory of the process with torch and transformers imported, measured
+COMPUTE_BYTES = 4  # float32
+PROBE_TOKENS = 64  # of data-free runs
+GEMM_EFFICIENCY = 0.6  # of the measured peak, over shapes and the memory-bound rest
+STARTUP_SECONDS = 6.0  # imports, tokenizer, skeleton
+EVALUATION_CHUNK_BYTES = 256 * 2**20  # logits of one chunk: see evaluation
+
+
+def estimate(plan: Plan) -> tuple[int, float]:
+    """(peak bytes of anonymous memory, seconds) of the whole run."""
+    tokens = _calibration_tokens(plan)
+    compress_bytes = _block_bytes(plan) + _activation_bytes(plan, tokens) + _outside_bytes(plan, tokens)
+    evaluation_bytes = 0
+    if plan.recipe.evaluation:
+        evaluation_bytes = _evaluation_bytes(plan)
+    peak = BASE_BYTES + max(compress_bytes, evaluation_bytes)
+    return peak, _seconds(plan, tokens)
+
+
+def _calibration_tokens(plan: Plan) -> int:
+    if not plan.needs_data:
+        return PROBE_TOKENS
+    return plan.recipe.calibration.samples * plan.recipe.calibration.length
+
+
+def _block_parameters(plan: Plan) -> list[int]:
+    """Stored elements of each block; packed words count as the weights that they hold."""
+    counts = []
+    for prefix in plan.architecture.blocks:
+        inside = prefix + "."
+        counts.append(
+            sum(
+                prod(info.shape)
+                for name, info in plan.source.infos.items()
+                if name.startswith(inside) and name.rpartition(".")[0] not in plan.source_specs
+            )
+            + sum(s.in_features * s.out_features for name, s in plan.source_specs.items() if name.startswith(inside))
+        )
+    return counts
+
+
+def _block_bytes(plan: Plan) -> int:
+    """The largest block in float32 (twice where the original runs beside it), and the work on its worst site."""
+    copies = 2 if any(step.needs_original for stage in plan.stages for step in stage) else 1
+    block = max(_block_parameters(plan), default=0) * COMPUTE_BYTES * copies
+    packed = max(
+        (
+            sum(layer.bytes_after for layer in plan.layers.values() if layer.block == index)
+            for index in range(plan.architecture.n_blocks)
+        ),
+        default=0,
+    )
+    worst = 0
+    for step, _, shapes in _site_work(plan):
+        config = step.configs[shapes[0].name]
+        statistics = sum(r.nbytes(shapes[0].in_features) for r in step.method.statistics(config))
+        worst = max(worst, statistics + step.method.workspace(shapes, config))
+    return block + packed + worst
+
+
+def _site_work(plan: Plan) -> list[tuple[StepPlan, str, tuple[LayerShape, ...]]]:
+    """(step, site name, shapes of its layers) for everything that will be compressed."""
+    from compress.methods.base import LayerShape
+
+    work = []
+    for stage in plan.stages:
+        for step in stage:
+            for site in plan.architecture.all_sites():
+                shapes = tuple(
+                    LayerShape(n, plan.layers[n].out_features, plan.layers[n].in_features)
+                    for n in site.linears
+                    if n in step.configs
+                )
+                if shapes:
+                    work.append((step, site.name, shapes))
+    return work
+
+
+def _activation_bytes(plan: Plan, tokens: int) -> int:
+    """Hidden states of all tokens and what stopped forwards hold, up to the cap; the working set of the running one."""
+    widest = max(layer.in_features for layer in plan.layers.values())
+    streams = 2 if any(step.needs_original for stage in plan.stages for step in stage) else 1
+    held = tokens * COMPUTE_BYTES * (2 * plan.architecture.hidden_size + widest) * streams
+    running = min(tokens, plan.recipe.calibration.batch_size * plan.recipe.calibration.length)
+    return held + running * COMPUTE_BYTES * 4 * widest
+
+
+def _outside_bytes(plan: Plan, tokens: int) -> int:
+    """Rows of the token table that occur, and the head for the check of the logits."""
+    architecture = plan.architecture
+    rows = min(tokens, architecture.vocab_size)
+    head_elements = architecture.vocab_size * architecture.hidden_size
+    return rows * architecture.hidden_size * COMPUTE_BYTES + head_elements * DTYPE_BYTES[plan.float_dtype]
+
+
+def _evaluation_bytes(plan: Plan) -> int:
+    architecture = plan.architecture
+    head = architecture.vocab_size * architecture.hidden_size * DTYPE_BYTES[plan.float_dtype]
+    hidden = 3 * _evaluation_tokens(plan) * architecture.hidden_size * COMPUTE_BYTES
+    block = max(_block_parameters(plan), default=0) * COMPUTE_BYTES
+    return head * 2 + hidden + max(block, 3 * EVALUATION_CHUNK_BYTES)
+
+
+def _evaluation_tokens(plan: Plan) -> int:
+    evaluation = plan.recipe.evaluation
+    assert evaluation
+    return evaluation.max_tokens or 300_000
+
+
+def _seconds(plan: Plan, tokens: int) -> float:
+    forward = sum(2.0 * parameters for parameters in _block_parameters(plan)) * _active_share(plan)
+    flops = forward * tokens
+    for step, _, shapes in _site_work(plan):
+        config = step.configs[shapes[0].name]
+        flops += sum(r.flops(shapes[0].in_features) for r in step.method.statistics(config)) * tokens
+        flops += step.method.flops(shapes, config)
+    if plan.recipe.evaluation:
+        head = 2.0 * plan.architecture.vocab_size * plan.architecture.hidden_size
+        flops += 2 * (forward + 2 * head) * _evaluation_tokens(plan)
+    return STARTUP_SECONDS + flops / (GEMM_EFFICIENCY * gemm_flops_per_second())
+
+
+def _active_share(plan: Plan) -> float:
+    """The share of a block's weights that a token meets."""
+    experts = plan.architecture.experts
+    if experts is None:
+        return 1.0
+    inside = sum(s.in_features * s.out_features for s in plan.layers.values() if f".{experts.name}." in s.name)
+    total = sum(_block_parameters(plan)) or 1
+    return 1 - (inside / total) * (1 - experts.top_k / experts.n_experts)
+
+
+def gemm_flops_per_second(size: int = 768, repeats: int = 5) -> float:
+    """The best of a few float32 matrix products by numpy: about what torch reaches, without importing it."""
+    import numpy
+
+    a = numpy.ones((size, size), dtype=numpy.float32)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def available_memory() -> int:
+    """Bytes that this process can still have: free memory, within the control group's and the address-space limit."""
+    import resource
+
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        with open("/proc/meminfo") as lines:
+            limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except OSError:
+        pass
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append(soft)
+    return min(limits)

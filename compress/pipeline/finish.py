@@ -1,0 +1,116 @@
+"""What makes a set of shards a checkpoint: index, tokenizer and other side files, recipe, card, and config.json last.
+
+Until config.json is there no loader takes the folder for a model, so nothing unfinished looks whole.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint.description import guard, quantization_config
+from compress.checkpoint.headers import read_header, read_json
+from compress.checkpoint.reader import CheckpointReader
+from compress.checkpoint.source import SIDE_FILES
+from compress.checkpoint.stream import StreamedModel
+from compress.checkpoint.writer import write_json, write_text, writing
+from compress.errors import CheckpointError
+from compress.pipeline.card import model_card
+from compress.pipeline.plan import OWN, Plan
+from compress.pipeline.stage import n_shards, shard_name
+
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+LOGIT_CHECK_TOKENS = 256  # of the probe batch, through the whole finished model
+
+
+def finished_config(plan: Plan, source: Path) -> dict[str, Any]:
+    """config.json of the result."""
+    config = read_json(source / "config.json")
+    for key in ("quantization_config", "compression_config", "transformers_weights"):
+        config.pop(key, None)
+    config["dtype"] = DTYPE_NAMES[plan.float_dtype]
+    config.pop("torch_dtype", None)
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+    config["quantization_config"] = quantization_config(plan.format, plan.specs, plan.architecture)
+    if plan.format == OWN:
+        config["transformers_weights"] = guard()
+    return config
+
+
+def check_logits(plan: Plan, config: dict[str, Any], out: Path, ids: Tensor, hidden: Tensor, stage_model: StreamedModel) -> None:
+    """Stream the probe through the finished files and compare with where the pass itself had arrived.
+
+    Args:
+        ids, hidden: the probe batch and its hidden states after the last block, from the pass.
+        stage_model: the model of the pass, for its final norm and, where the head was not replaced, its head.
+
+    Raises: CheckpointError if the finished model computes other logits.
+    """
+    work = out / ".compress"
+    write_json(work / "config.json", config)
+    infos = {}
+    for number in range(n_shards(plan)):
+        infos.update(read_header(out / shard_name(plan, number)))
+    with CheckpointReader(out, infos) as reader:
+        finished = StreamedModel(
+            work, stage_model.dtype, stage_model.device, reader=reader, specs=plan.specs,
+            trust_remote_code=plan.recipe.model.trust_remote_code,
+        )  # fmt: skip
+        found = finished.embed(ids)
+        for index in range(finished.n_blocks):
+            found = finished.call_block(finished.load_block(index), index, found)
+            finished.unload_block(index)
+        same_hidden = torch.equal(found.cpu(), hidden.cpu())
+        logits = finished.logits(finished.final_norm(found)[:1, :LOGIT_CHECK_TOKENS])
+        head = plan.architecture.head.linears[0]
+        same_logits = bool(torch.isfinite(logits).all())
+        if head not in plan.layers:
+            expected = stage_model.logits(stage_model.final_norm(hidden.to(stage_model.device))[:1, :LOGIT_CHECK_TOKENS])
+            same_logits = same_logits and torch.equal(logits, expected)
+    (work / "config.json").unlink()
+    if not same_hidden or not same_logits:
+        raise CheckpointError(
+            f"{out}: the finished files compute other {'logits' if same_hidden else 'hidden states'} than the run did; the disk "
+            f"or the memory is faulty: run again with another --out"
+        )
+
+
+def write_index(plan: Plan, out: Path) -> None:
+    """The index over all shards."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number in range(n_shards(plan)):
+        file = shard_name(plan, number)
+        for name, info in read_header(out / file).items():
+            weight_map[name] = file
+            total += info.nbytes
+    stem = "compress" if plan.format == OWN else "model"
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(out / f"{stem}.safetensors.index.json", index)
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Tokenizer, chat template, generation config, licence: everything beside the weights that belongs to the model."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in SIDE_FILES):
+            with writing(out / file.name):
+                shutil.copyfile(file, out / file.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        with writing(out / templates.name):
+            shutil.copytree(templates, out / templates.name, dirs_exist_ok=True)
+
+
+def finish(plan: Plan, source: Path, out: Path, config: dict[str, Any]) -> None:
+    """Write everything beside the shards; config.json last."""
+    write_index(plan, out)
+    copy_side_files(source, out)
+    write_text(out / "recipe.yaml", plan.recipe.to_yaml())
+    write_text(out / "README.md", model_card(plan))
+    write_json(out / "config.json", config)

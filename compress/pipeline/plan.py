@@ -1,0 +1,369 @@
+"""What a run will do, before it does anything: stages, layers, bytes, format, memory, time. No weights are read.
+
+Everything that can be refused is refused here. The run holds itself to the plan: the bytes of every replaced module must
+come out as predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint.description import modules_of, standard_holds
+from compress.checkpoint.headers import TensorInfo
+from compress.checkpoint.source import Source, find_source, tokenizer_size
+from compress.errors import CheckpointError, RecipeError
+from compress.models.architecture import Architecture, Site
+from compress.models.families import architecture_of
+from compress.modules.spec import DTYPE_BYTES, ModuleSpec
+from compress.patterns import select
+
+if TYPE_CHECKING:
+    from compress.methods.base import LayerShape, MethodConfig, SiteMethod
+    from compress.recipe import Recipe, Step
+
+STANDARD, OWN = "compressed-tensors", "compress"
+FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer that will be replaced. `method` and `spec` are those of the last step that touches it."""
+
+    name: str
+    site: str
+    block: int | None  # None: the head or the token table
+    out_features: int
+    in_features: int
+    method: str
+    spec: ModuleSpec
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: its method, the configuration of each layer it applies to, and whether it needs calibration data."""
+
+    number: int
+    method: type[SiteMethod]
+    configs: dict[str, MethodConfig]
+    needs_data: bool
+    needs_original: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. `stages` are runs of consecutive steps that share one pass over the blocks."""
+
+    recipe: Recipe
+    source: Source
+    architecture: Architecture
+    stages: tuple[tuple[StepPlan, ...], ...]
+    layers: dict[str, LayerPlan]
+    source_specs: dict[str, ModuleSpec]  # modules of the source that are compressed already
+    float_dtype: str  # safetensors name of the dtype in which float tensors will be stored
+    format: str
+    format_reason: str
+    untied: bool
+    bytes_total_before: int
+    bytes_total_after: int
+    peak_bytes: int
+    seconds: float
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def needs_data(self) -> bool:
+        return any(step.needs_data for stage in self.stages for step in stage)
+
+    @property
+    def specs(self) -> dict[str, ModuleSpec]:
+        """Every compressed module of the result, by disk name."""
+        return {**self.source_specs, **{name: layer.spec for name, layer in self.layers.items()}}
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(layer.bytes_before for layer in self.layers.values())
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(layer.bytes_after for layer in self.layers.values())
+
+    @property
+    def n_weights(self) -> int:
+        return sum(layer.out_features * layer.in_features for layer in self.layers.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes_after / max(self.n_weights, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json` and the report."""
+        return {
+            "model": self.source.name,
+            "family": self.architecture.family,
+            "n_blocks": self.architecture.n_blocks,
+            "stages": [
+                [{"step": s.number, "method": s.method.name, "layers": len(s.configs)} for s in stage] for stage in self.stages
+            ],
+            "format": self.format,
+            "format_reason": self.format_reason,
+            "float_dtype": self.float_dtype,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes_total_before": self.bytes_total_before,
+            "bytes_total_after": self.bytes_total_after,
+            "predicted_peak_bytes": self.peak_bytes,
+            "predicted_seconds": self.seconds,
+            "warnings": list(self.warnings),
+            "layers": [
+                {**asdict(layer), "spec": layer.spec.to_dict(), "bits_per_weight": layer_bits(layer)}
+                for layer in self.layers.values()
+            ],
+        }
+
+
+def layer_bits(layer: LayerPlan) -> float:
+    return 8 * layer.bytes_after / (layer.out_features * layer.in_features)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Work out what `recipe` will do.
+
+    Raises: RecipeError or CheckpointError, one line naming the thing and the remedy, for everything that can be known now.
+    """
+    from compress.pipeline.estimate import estimate
+
+    source = find_source(recipe.model.path, recipe.model.revision)
+    architecture = architecture_of(source.config, source.infos.keys())
+    source_specs = modules_of(source.config)
+    check_source(source, architecture, source_specs)
+    float_dtype = FLOAT_DTYPES.get(recipe.model.dtype) or stored_float_dtype(source)
+    weights = _weights(source, architecture, source_specs)
+    steps = tuple(
+        _plan_step(number, step, architecture, weights, source) for number, step in enumerate(recipe.steps)
+    )
+    layers = _plan_layers(steps, architecture, weights, source, source_specs, float_dtype)
+    specs = {**source_specs, **{name: layer.spec for name, layer in layers.items()}}
+    format_, reason = _choose_format(recipe.output.format, specs, architecture)
+    untied = architecture.tied and any(n in layers for n in (architecture.head.linears[0], architecture.embedding.linears[0]))
+    total_before = sum(info.nbytes for info in source.infos.values())
+    total_after = _bytes_after(source, architecture, source_specs, layers, float_dtype, untied)
+    warnings = _warnings(layers, format_, untied)
+    _check_data(recipe, source, architecture, steps)
+    draft = Plan(
+        recipe, source, architecture, (steps,), layers, source_specs, float_dtype, format_, reason, untied,
+        total_before, total_after, 0, 0.0, tuple(warnings),
+    )  # fmt: skip
+    peak, seconds = estimate(draft)
+    return Plan(**{**draft.__dict__, "peak_bytes": peak, "seconds": seconds})
+
+
+def check_source(source: Source, architecture: Architecture, specs: dict[str, ModuleSpec]) -> None:
+    """Every tensor that the architecture names is there, in the shape that config.json implies.
+
+    Raises: CheckpointError naming the first one that is not.
+    """
+    for site in architecture.all_sites():
+        for name in site.linears:
+            if name in specs:
+                for suffix, (_, shape) in specs[name].tensors("F32").items():
+                    _check_tensor(source, f"{name}.{suffix}", shape)
+            elif not (site.kind == "head" and architecture.tied):
+                _check_tensor(source, f"{name}.weight", None)
+
+
+def _check_tensor(source: Source, name: str, shape: tuple[int, ...] | None) -> None:
+    info = source.infos.get(name)
+    where = source.folder or source.name
+    if info is None:
+        raise CheckpointError(f"{where}: tensor {name} is missing; the weights do not belong to this config.json")
+    if shape is not None and info.shape != shape:
+        raise CheckpointError(f"{where}: tensor {name} has shape {info.shape}, config.json describes {shape}")
+
+
+def stored_float_dtype(source: Source) -> str:
+    """The dtype that most float bytes of the source are stored in."""
+    sizes: dict[str, int] = {}
+    for info in source.infos.values():
+        if info.dtype in ("F64", "F32", "F16", "BF16"):
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return max(sizes, key=lambda name: sizes[name]) if sizes else "F32"
+
+
+def _weights(source: Source, architecture: Architecture, specs: dict[str, ModuleSpec]) -> dict[str, tuple[Site, LayerShape]]:
+    """Site and shape [out, in] of every linear, the head and the token table."""
+    from compress.methods.base import LayerShape
+
+    weights = {}
+    for site in architecture.all_sites():
+        for name in site.linears:
+            bias = f"{name}.bias" in source.infos
+            if name in specs:
+                out_features, in_features = specs[name].out_features, specs[name].in_features
+            else:
+                tied = site.kind == "head" and architecture.tied
+                shape = source.infos[f"{architecture.embedding.linears[0] if tied else name}.weight"].shape
+                if len(shape) != 2:
+                    raise CheckpointError(f"{source.name}: tensor {name}.weight has shape {shape}; a matrix is expected")
+                flipped = architecture.transposed and site.kind not in ("head", "embedding")
+                out_features, in_features = reversed(shape) if flipped else shape
+            kind = "embedding" if site.kind == "embedding" else "linear"
+            weights[name] = (site, LayerShape(name, out_features, in_features, kind, bias))
+    return weights
+
+
+def _plan_step(
+    number: int, step: Step, architecture: Architecture, weights: dict[str, tuple[Site, LayerShape]], source: Source
+) -> StepPlan:
+    from compress.methods import find
+
+    method = find(step.method)
+    where = f"steps.{number}.{step.method}"
+    inside = [name for name, (site, _) in weights.items() if site.kind not in ("head", "embedding")]
+    names = select(inside if step.layers is None else list(weights), step.layers, step.skip, where=where)
+    if not names:
+        raise RecipeError(f"{where}: layers minus skip leave no layer; widen layers or narrow skip")
+    configs = step.configs(names, where=where)
+    requests = {request for config in configs.values() for request in method.statistics(config)}
+    needs_original = any(request.needs_original for request in requests)
+    for name in names:
+        if needs_original and weights[name][0].expert is not None:
+            raise RecipeError(
+                f"{where}: {name}: compares with the original model's inputs, but routers send other tokens to an expert "
+                f"there; skip the experts or turn the comparison off"
+            )
+        spec = method.plan(weights[name][1], configs[name])
+        assert (spec.out_features, spec.in_features) == (weights[name][1].out_features, weights[name][1].in_features)
+    return StepPlan(number, method, configs, bool(requests), needs_original)
+
+
+def _plan_layers(
+    steps: tuple[StepPlan, ...],
+    architecture: Architecture,
+    weights: dict[str, tuple[Site, LayerShape]],
+    source: Source,
+    source_specs: dict[str, ModuleSpec],
+    float_dtype: str,
+) -> dict[str, LayerPlan]:
+    last = {name: step for step in steps for name in step.configs}
+    block_of = {site.name: i for i in range(architecture.n_blocks) for site in architecture.sites(i)}
+    layers = {}
+    for name, (site, shape) in weights.items():
+        if name not in last:
+            continue
+        step = last[name]
+        spec = step.method.plan(shape, step.configs[name])
+        if name in source_specs:
+            before = sum(source.infos[f"{name}.{suffix}"].nbytes for suffix in source_specs[name].tensors("F32"))
+        elif site.kind == "head" and architecture.tied:
+            before = 0  # its weight is the token table's, counted there
+        else:
+            before = source.infos[f"{name}.weight"].nbytes
+        layers[name] = LayerPlan(
+            name, site.name, block_of.get(site.name), shape.out_features, shape.in_features, step.method.name, spec,
+            before, spec.nbytes(float_dtype),
+        )  # fmt: skip
+    return layers
+
+
+def _choose_format(wanted: str, specs: dict[str, ModuleSpec], architecture: Architecture) -> tuple[str, str]:
+    obstacle = standard_holds(specs, architecture)
+    if wanted == STANDARD and obstacle is not None:
+        raise RecipeError(f"output.format: compressed-tensors cannot hold this result: {obstacle}; use output.format=auto")
+    if wanted == OWN:
+        return OWN, "asked for by output.format"
+    if obstacle is not None:
+        return OWN, obstacle
+    return STANDARD, "every replaced module is an integer-quantized linear that compressed-tensors holds"
+
+
+def _bytes_after(
+    source: Source,
+    architecture: Architecture,
+    source_specs: dict[str, ModuleSpec],
+    layers: dict[str, LayerPlan],
+    float_dtype: str,
+    untied: bool,
+) -> int:
+    """Bytes of all tensors of the result."""
+    kept = sum(
+        stored_bytes(info, float_dtype) for name, info in source.infos.items() if owner(name) not in layers or name.endswith(".bias")
+    )
+    total = kept + sum(layer.bytes_after for layer in layers.values())
+    head, table = architecture.head.linears[0], architecture.embedding.linears[0]
+    if untied and not (head in layers and table in layers):
+        total += stored_bytes(source.infos[f"{table}.weight"], float_dtype) if head not in layers or table in layers else 0
+    return total
+
+
+def stored_bytes(info: TensorInfo, float_dtype: str) -> int:
+    """Bytes of a tensor that is kept, floats in the dtype of the result."""
+    is_float = info.dtype in ("F64", "F32", "F16", "BF16")
+    return prod(info.shape) * DTYPE_BYTES[float_dtype if is_float else info.dtype]
+
+
+def owner(tensor_name: str) -> str:
+    """The module that a tensor belongs to."""
+    return tensor_name.rpartition(".")[0]
+
+
+def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[str]:
+    warnings = []
+    if untied:
+        warnings.append("the head and the token table share one matrix in the source; they are stored apart, which adds bytes")
+    if format_ == STANDARD and any(not getattr(layer.spec, "symmetric", True) for layer in layers.values()):
+        warnings.append(
+            "asymmetric grids: stock transformers loads the result only with "
+            "quantization_config=CompressedTensorsConfig(dequantize=True); compress.load needs nothing"
+        )
+    for layer in layers.values():
+        if layer.bytes_after >= layer.bytes_before > 0:
+            warnings.append(f"{layer.name}: {layer.bytes_after:,} bytes after, {layer.bytes_before:,} before: no gain")
+    return warnings
+
+
+def _check_data(recipe: Recipe, source: Source, architecture: Architecture, steps: tuple[StepPlan, ...]) -> None:
+    """Tokenizer and data are at hand where a step or the evaluation needs them."""
+    from compress.calibration.data import check_data
+
+    needs_data = any(step.needs_data for step in steps)
+    if (needs_data or recipe.evaluation) and not source.has_tokenizer:
+        raise CheckpointError(
+            f"{source.name}: no tokenizer (tokenizer.json or tokenizer.model) beside the weights, which calibration and "
+            f"evaluation need; copy the tokenizer's files into the folder"
+        )
+    size = tokenizer_size(source)
+    if (needs_data or recipe.evaluation) and size is not None and size > architecture.vocab_size:
+        raise CheckpointError(
+            f"{source.name}: the tokenizer has ids up to {size - 1}, the model only {architecture.vocab_size} rows of "
+            f"embeddings: it is another model's tokenizer; put the right one beside the weights"
+        )
+    if needs_data:
+        _check_length("calibration.length", recipe.calibration.length, architecture)
+        check_data(recipe.calibration, "calibration")
+    if recipe.evaluation:
+        if recipe.evaluation.length is not None:
+            _check_length("evaluation.length", recipe.evaluation.length, architecture)
+        check_data(recipe.evaluation, "evaluation")
+
+
+def _check_length(field_name: str, length: int, architecture: Architecture) -> None:
+    if architecture.max_positions is not None and length > architecture.max_positions:
+        raise RecipeError(
+            f"{field_name}: {length} tokens, but the model has {architecture.max_positions} positions; "
+            f"use --set {field_name}={architecture.max_positions}"
+        )
+
+
+def check_output(folder: Path) -> None:
+    """Raises: RecipeError if `folder` holds something that no run of ours made."""
+    from compress.pipeline.journal import WORK_FOLDER
+
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder}: is a file; choose another --out")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / WORK_FOLDER).is_dir():
+        raise RecipeError(f"{folder}: is not empty and not made by compress; choose another --out")

@@ -1,0 +1,291 @@
+"""The whole run: plan, stages, finished folder, evaluation, report."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CheckpointError, RecipeError
+from compress.pipeline.estimate import PROBE_TOKENS, available_memory
+from compress.pipeline.journal import WORK_FOLDER, folder_lock, open_journal
+from compress.pipeline.meter import Meter
+from compress.pipeline.plan import Plan, check_output, plan
+from compress.pipeline.progress import Progress, Silent
+from compress.recipe import Recipe
+
+REPORT = "compress_report.json"
+ACTIVATION_SHARE = 4  # a quarter of the available memory may hold activations; more goes to disk
+DISK_SLACK = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What describes the machine and not the result. `device` "auto": cuda if there is one.
+
+    `activation_bytes`: memory for activations between computations, beyond which they go to disk (in the output folder);
+    by default a quarter of what is available.
+    """
+
+    device: str = "auto"
+    activation_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the result lies, what was planned and what was measured."""
+
+    folder: Path
+    plan: Plan
+    report: dict[str, Any]
+    already_finished: bool = False
+
+
+def run(
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    *,
+    machine: Machine | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> RunResult:
+    """Compress a model as the recipe says, or go on with a run that was interrupted.
+
+    Args:
+        recipe: a Recipe, a file, or the name of a shipped recipe.
+        out: the folder of the result; by default the recipe's `output.path`.
+        overwrite: discard what an earlier run of ours left in `out`.
+        on_plan: called with the plan before anything is written.
+
+    Raises: RecipeError, CheckpointError, NumericsError: one line with the remedy. Finished blocks are kept.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    machine, progress = machine or Machine(), progress or Silent()
+    folder = Path(out or recipe.output.path or Path("out") / "compressed").expanduser()
+    meter = Meter()
+    try:
+        with meter.phase("plan"):
+            check_output(folder)
+            planned = plan(recipe)
+            check_room(planned, folder, progress)
+        if on_plan is not None:
+            on_plan(planned)
+        with folder_lock(folder):
+            if overwrite:
+                _discard(folder)
+            return _run_locked(planned, folder, machine, progress, meter)
+    finally:
+        meter.stop()
+
+
+def _run_locked(planned: Plan, folder: Path, machine: Machine, progress: Progress, meter: Meter) -> RunResult:
+    from compress.checkpoint.headers import read_json
+
+    header = work_header(planned)
+    report_file = folder / REPORT
+    if report_file.exists():
+        report = read_json(report_file)
+        if report.get("work") != header:
+            raise RecipeError(
+                f"{folder}: holds the result of another run (recipe, model or version differ); choose another --out or "
+                f"discard it with --overwrite"
+            )
+        return RunResult(folder, planned, report, already_finished=True)
+    journal = open_journal(folder, header)
+    with meter.phase("fetch"):
+        source = planned.source.fetch()
+    details: dict[str, Any] = {"layers": {}, "activities": {}}
+    if not (folder / "config.json").exists():
+        with meter.phase("compress"):
+            details = _compress(planned, source, folder, journal, machine, progress)
+    else:
+        details["layers"] = {name: figures for entry in journal.entries for name, figures in entry.layers.items()}
+    evaluation: dict[str, Any] = {}
+    if planned.recipe.evaluation:
+        from compress.evaluation.evaluate import evaluate_run
+
+        with meter.phase("evaluate"):
+            evaluation = evaluate_run(planned, source, folder, machine, progress)
+    report = build_report(planned, folder, header, details, evaluation, meter)
+    _write_report(report_file, report)
+    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    return RunResult(folder, planned, report)
+
+
+def _compress(
+    planned: Plan, source: Path, folder: Path, journal: Any, machine: Machine, progress: Progress
+) -> dict[str, Any]:
+    from compress.pipeline.finish import check_logits, finish, finished_config
+    from compress.pipeline.stage import Stage
+
+    device, dtype = compute_place(planned, machine)
+    batches = calibration_batches(planned, source)
+    stage = Stage(
+        planned, 0, source, folder, journal, batches, dtype, device, activation_limit(machine), progress
+    )
+    result = stage.run()
+    progress.begin("check", 1, "model")
+    config = finished_config(planned, source)
+    with stage.watch("final check"):
+        check_logits(planned, config, folder, batches[0], stage.probe_hidden, stage.model)
+    finish(planned, source, folder, config)
+    progress.end()
+    stage.model.close()
+    return {
+        "layers": result.layers,
+        "activities": result.seconds,
+        "replayed_blocks": result.replayed_blocks,
+        "calibration_tokens": sum(ids.numel() for ids in batches) if planned.needs_data else 0,
+    }
+
+
+def calibration_batches(planned: Plan, source: Path) -> list[Any]:
+    """Token ids [batch, length]: rows of one length together, nothing padded. Without data, one probe of random tokens."""
+    import torch
+
+    if not planned.needs_data:
+        generator = torch.Generator().manual_seed(planned.recipe.seed)
+        length = min(PROBE_TOKENS, planned.architecture.max_positions or PROBE_TOKENS)
+        return [torch.randint(planned.architecture.vocab_size, (1, length), generator=generator)]
+    from compress.calibration.data import load_tokens, load_tokenizer
+
+    calibration = planned.recipe.calibration
+    tokenizer = load_tokenizer(source, trust_remote_code=planned.recipe.model.trust_remote_code)
+    tokens = load_tokens(calibration, tokenizer, vocab_size=planned.architecture.vocab_size)
+    by_length: dict[int, list[torch.Tensor]] = {}
+    for row in tokens.rows:
+        by_length.setdefault(len(row), []).append(row)
+    return [
+        torch.stack(rows[i : i + calibration.batch_size])
+        for rows in by_length.values()
+        for i in range(0, len(rows), calibration.batch_size)
+    ]
+
+
+def compute_place(planned: Plan, machine: Machine) -> tuple[Any, Any]:
+    """(device, dtype) of the arithmetic."""
+    import torch
+
+    device = compute_device(machine)
+    wanted = planned.recipe.calibration.dtype
+    if wanted == "auto":
+        if device.type == "cpu":
+            return device, torch.float32
+        wanted = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[planned.float_dtype]
+    return device, getattr(torch, wanted)
+
+
+def compute_device(machine: Machine) -> Any:
+    """The torch device that `machine` names. Raises: RecipeError if it cannot be used."""
+    import torch
+
+    name = machine.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); use --device cpu") from None
+    return device
+
+
+def activation_limit(machine: Machine) -> int:
+    if machine.activation_bytes is not None:
+        return machine.activation_bytes
+    return available_memory() // ACTIVATION_SHARE
+
+
+def check_room(planned: Plan, folder: Path, progress: Progress) -> None:
+    """Enough disk for the result; a warning where memory may not suffice.
+
+    Raises: CheckpointError if the disk has too little room.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    present = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    needed = planned.bytes_total_after + DISK_SLACK - present
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: the result needs {needed / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} MiB free; free some space "
+            f"or choose another --out"
+        )
+    available = available_memory()
+    if planned.peak_bytes > available:
+        progress.note(
+            f"about {planned.peak_bytes / 2**30:.1f} GiB of memory are needed, {available / 2**30:.1f} GiB are available; "
+            f"if it fails, use fewer calibration.samples or a smaller --activation-memory"
+        )
+
+
+def work_header(planned: Plan) -> dict[str, Any]:
+    """What identifies a run: another header on the same folder is another run."""
+    import hashlib
+    import json
+
+    import torch
+
+    from compress import __version__
+
+    tensors = sorted((i.name, i.dtype, list(i.shape)) for i in planned.source.infos.values())
+    digest = hashlib.sha256(json.dumps([planned.source.config, tensors], sort_keys=True).encode()).hexdigest()
+    return {
+        "recipe": planned.recipe.hash(),
+        "model": planned.source.name,
+        "weights": digest,
+        "version of compress-llm": __version__,
+        "version of torch": torch.__version__,
+    }
+
+
+def build_report(
+    planned: Plan, folder: Path, header: dict[str, Any], details: dict[str, Any], evaluation: dict[str, Any], meter: Meter
+) -> dict[str, Any]:
+    """Everything that was planned and measured, for the table, for `--json` and for programs."""
+    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.is_file()}
+    weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
+    content = planned.to_dict()
+    for layer in content["layers"]:
+        layer["figures"] = details["layers"].get(layer["name"], {})
+    source_bytes = sum(f.stat().st_size for f in planned.source.folder.iterdir()) if planned.source.folder else None
+    return {
+        "schema": 1,
+        "work": header,
+        "out": str(folder),
+        **content,
+        "files": files,
+        "bytes_on_disk_weights": weights,
+        "bytes_on_disk_all": sum(files.values()),
+        "bytes_on_disk_source": source_bytes,
+        "seconds": {name: round(value, 3) for name, value in meter.seconds.items()},
+        "activities": {name: round(value, 3) for name, value in details["activities"].items()},
+        "peak_bytes": meter.peak_bytes,
+        "peaks": meter.peaks,
+        "replayed_blocks": details.get("replayed_blocks", 0),
+        "calibration_tokens": details.get("calibration_tokens", 0),
+        "evaluation": evaluation,
+        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+    }
+
+
+def _write_report(path: Path, report: dict[str, Any]) -> None:
+    from compress.checkpoint.writer import write_json
+
+    write_json(path, report)
+
+
+def _discard(folder: Path) -> None:
+    """Remove what a run of ours left, and nothing else."""
+    for file in folder.iterdir():
+        if file.name == WORK_FOLDER:
+            (file / "journal.jsonl").unlink(missing_ok=True)
+        elif file.is_file():
+            file.unlink()
+        else:
+            shutil.rmtree(file)

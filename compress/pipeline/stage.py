@@ -1,0 +1,485 @@
+"""One stage: every block in turn is loaded, compressed step by step, written, read back, checked, and left behind.
+
+    for each block:
+        for each step, for each site in data order:  capture -> compress -> go on through the compressed modules
+        write the shard -> read it back -> the probe batch must come out bit for bit the same -> journal
+
+A block that the journal knows is not compressed again: it is run from its shard, to get the hidden states back.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration.capture import BlockPass, Gate, OriginalStream, Place
+from compress.calibration.statistics import SiteStatistics, gather
+from compress.calibration.store import HiddenStates
+from compress.checkpoint.headers import read_header
+from compress.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from compress.checkpoint.stream import StreamedModel, load_module, rebuild_module, tensors_in
+from compress.checkpoint.writer import Stored, from_source, from_tensor, write_safetensors
+from compress.errors import CheckpointError, NumericsError
+from compress.methods.base import Layer, Outcome, SiteTask
+from compress.models.architecture import Site
+from compress.models.families import module_name
+from compress.modules.base import CompressedModule
+from compress.pipeline.journal import BlockEntry, Journal, sha256_of
+from compress.pipeline.meter import Stopwatch
+from compress.pipeline.plan import OWN, Plan, StepPlan
+from compress.pipeline.progress import Progress
+
+ENTRY = -1  # journal number of the part before block 0; the head's is the number of blocks
+
+
+@dataclass
+class StageResult:
+    """What a stage leaves behind for the report: figures per layer, seconds by activity, notes."""
+
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    replayed_blocks: int = 0
+
+
+def shard_name(plan: Plan, number: int) -> str:
+    """The file of part `number`: 0 is everything before block 0, then the blocks, then the head."""
+    stem = "compress" if plan.format == OWN else "model"
+    return f"{stem}-{number + 1:05d}-of-{n_shards(plan):05d}.safetensors"
+
+
+def n_shards(plan: Plan) -> int:
+    return plan.architecture.n_blocks + (2 if stores_head(plan) else 1)
+
+
+def stores_head(plan: Plan) -> bool:
+    """Whether the result holds tensors of a head of its own."""
+    head = plan.architecture.head.linears[0]
+    return plan.untied or head in plan.layers or any(name.startswith(f"{head}.") for name in plan.source.infos)
+
+
+class Stage:
+    """Runs one stage of a plan. `batches` are token ids [batch, length]; the first is the probe."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        number: int,
+        source: Path,
+        out: Path,
+        journal: Journal,
+        batches: list[Tensor],
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        activation_bytes: int,
+        progress: Progress,
+    ):
+        self.plan, self.number, self.out, self.journal = plan, number, out, journal
+        self.steps = plan.stages[number]
+        self.batches, self.compute_dtype, self.device = batches, compute_dtype, device
+        self.activation_bytes, self.progress = activation_bytes, progress
+        self.scratch = journal.path.parent
+        self.float_dtype = TORCH_DTYPES[plan.float_dtype]
+        self.model = StreamedModel(
+            source, compute_dtype, device, specs=plan.source_specs, trust_remote_code=plan.recipe.model.trust_remote_code
+        )
+        self.needs_original = any(step.needs_original for step in self.steps)
+        self.watch = Stopwatch()
+        self.result = StageResult()
+
+    # ---- the order of things
+
+    @torch.no_grad()
+    def run(self) -> StageResult:
+        architecture = self.plan.architecture
+        finished = self._trusted_entries()
+        self.progress.begin("compress", architecture.n_blocks, "block")
+        self._entry(finished.get(ENTRY))
+        with self.watch("embed"):
+            hidden = self._embed_all()
+            original = self._copy(hidden) if self.needs_original else None
+        for index in range(architecture.n_blocks):
+            start = time.perf_counter()
+            if index in finished:
+                self._replay(index, hidden, original)
+                self.result.layers.update(finished[index].layers)
+                self.result.replayed_blocks += 1
+            else:
+                self._compress_block(index, hidden, original)
+            self.progress.advance(1, f"{architecture.blocks[index]} {time.perf_counter() - start:.1f} s")
+        if stores_head(self.plan):
+            self._head(finished.get(architecture.n_blocks), hidden)
+        self.progress.end()
+        self.probe_hidden = hidden[0]
+        hidden.close()
+        if original is not None:
+            original.close()
+        self.result.seconds = self.watch.seconds
+        return self.result
+
+    def _trusted_entries(self) -> dict[int, BlockEntry]:
+        """Finished parts whose shards are what the journal says, up to the first that is not."""
+        finished = self.journal.finished(self.number)
+        trusted: dict[int, BlockEntry] = {}
+        for part in range(ENTRY, self.plan.architecture.n_blocks + 1):
+            entry = finished.get(part)
+            if entry is None:
+                break
+            file = self.out / entry.file
+            if not file.is_file() or file.stat().st_size != entry.nbytes or sha256_of(file) != entry.sha256:
+                self.progress.note(f"{file}: not as the journal knows it; compressing again from there")
+                break
+            trusted[part] = entry
+        return trusted
+
+    # ---- hidden states
+
+    def _embed_all(self) -> HiddenStates:
+        first = self.model.embed(self.batches[0])
+        width = first.shape[-1]
+        shapes = [(*ids.shape, width) for ids in self.batches]
+        hidden = HiddenStates(shapes, self.compute_dtype, self.activation_bytes, self.scratch)
+        for batch, ids in enumerate(self.batches):
+            hidden[batch] = self.model.embed(ids)
+        return hidden
+
+    def _copy(self, hidden: HiddenStates) -> HiddenStates:
+        copied = HiddenStates(hidden.shapes, hidden.dtype, self.activation_bytes, self.scratch)
+        for batch in range(len(hidden)):
+            copied[batch] = hidden[batch]
+        return copied
+
+    def _propagate(self, block: nn.Module, index: int, hidden: HiddenStates) -> None:
+        for batch in range(len(hidden)):
+            hidden[batch] = self.model.call_block(block, index, hidden[batch].to(self.device))
+
+    # ---- one block
+
+    def _compress_block(self, index: int, hidden: HiddenStates, original: HiddenStates | None) -> None:
+        with self.watch("read"):
+            block = self.model.load_block(index)
+        self._check_finite(index)
+        probe = hidden[0]
+        unchanged = copy.deepcopy(block) if original is not None else None
+        outcomes: dict[str, Outcome] = {}
+        stream = None
+        if unchanged is not None and original is not None:
+            stream = self._original_stream(unchanged, index, original)
+        for step in self.steps:
+            last = step is self.steps[-1]
+            outcomes.update(self._step(block, index, step, hidden, stream if step.needs_original else None, last))
+        if stream is not None:
+            with self.watch("forward"):
+                stream.finish()
+        self.model.unload_block(index)
+        del block, unchanged, stream
+        for batch in range(len(hidden)):
+            if not torch.isfinite(hidden[batch]).all():
+                raise NumericsError(
+                    f"{self.plan.architecture.blocks[index]}: its output is not finite after compression; try "
+                    f"calibration.dtype=float32 or more bits, or check the checkpoint with: compress inspect"
+                )
+        entry = self._write_block(index, outcomes)
+        with self.watch("read back"):
+            self._check_probe(index, entry, probe, hidden[0])
+        self.journal.add(entry)
+        self.result.layers.update(entry.layers)
+
+    def _step(
+        self, block: nn.Module, index: int, step: StepPlan, hidden: HiddenStates, stream: OriginalStream | None, last: bool
+    ) -> dict[str, Outcome]:
+        sites = [s for s in self.plan.architecture.sites(index) if any(n in step.configs for n in s.linears)]
+        outcomes: dict[str, Outcome] = {}
+        if not sites or not step.needs_data:
+            for site in sites:
+                for name, outcome in self._compress_site(site, step, None).items():
+                    outcomes[name] = outcome
+                    self.model.skeleton.replace(name, self._running(name, outcome.module))
+            if last:
+                with self.watch("forward"):
+                    self._propagate(block, index, hidden)
+            return outcomes
+        places = {site.name: self._places(site, step) for site in sites}
+        target = hidden if last else _Discarded(hidden)
+        with BlockPass(block, _Call(self.model, index, hidden), target, places, self.scratch, self.device, stream) as run:
+            with self.watch("forward"):
+                run.start()
+            for site in sites:
+                with self.watch("statistics"):
+                    statistics = self._gather(site, step, run)
+                done = self._compress_site(site, step, statistics)
+                del statistics
+                names = [name for name in site.linears if name in step.configs]
+                for position, name in enumerate(names):
+                    outcomes[name] = done[name]
+                    run.replace(site.name, position, self._running(name, done[name].module))
+                with self.watch("forward"):
+                    if last or stream is not None or site is not sites[-1]:
+                        run.release(site.name)
+            if last:
+                run.finish()
+        return outcomes
+
+    def _places(self, site: Site, step: StepPlan) -> list[Place]:
+        return [self._place(name) for name in site.linears if name in step.configs]
+
+    def _place(self, name: str) -> Place:
+        parent, _, attribute = module_name(self.plan.architecture, name).rpartition(".")
+        return self.model.skeleton.model.get_submodule(parent), attribute
+
+    def _original_stream(self, unchanged: nn.Module, index: int, original: HiddenStates) -> OriginalStream:
+        paths = {id(module): path for path, module in self.model.skeleton.blocks[index].named_modules()}
+
+        def twin(place: Place) -> Place:
+            parent, attribute = place
+            return unchanged.get_submodule(paths[id(parent)]), attribute
+
+        return OriginalStream(unchanged, _Call(self.model, index, original), original, twin, self.scratch, self.device)
+
+    def _gather(self, site: Site, step: StepPlan, run: BlockPass) -> SiteStatistics:
+        names = [name for name in site.linears if name in step.configs]
+        requests = tuple(dict.fromkeys(r for n in names for r in step.method.statistics(step.configs[n])))
+        width = self._weight_of(names[0]).shape[1]
+        n_tokens = sum(ids.numel() for ids in self.batches)
+        gatherer = gather(requests, width, n_tokens, self._generator(step, site.name, "statistics"))
+        for x, original in run.inputs(site.name):
+            gatherer.add(x, original)
+        return gatherer.result(f"{site.name} ({step.method.name})")
+
+    def _compress_site(self, site: Site, step: StepPlan, statistics: SiteStatistics | None) -> dict[str, Outcome]:
+        layers = tuple(self._layer(name, step, site) for name in site.linears if name in step.configs)
+        with self.watch(f"{step.method.name}"):
+            outcomes = step.method.compress(
+                SiteTask(site.name, layers), statistics, self._generator(step, site.name, "compress")
+            )
+        for layer in layers:
+            outcome = outcomes[layer.name]
+            if step.number == max(s.number for s in self.steps if layer.name in s.configs):
+                planned = self.plan.layers[layer.name].spec
+                assert outcome.module.spec == planned, f"{layer.name}: {outcome.module.spec} where {planned} was planned"
+            for note in outcome.notes:
+                self.progress.note(f"{layer.name}: {note}")
+        return outcomes
+
+    def _layer(self, name: str, step: StepPlan, site: Site) -> Layer:
+        module = self.model.skeleton.module(name)
+        bias = getattr(module, "bias", None)
+        kind = "embedding" if site.kind == "embedding" else "linear"
+        return Layer(name, self._weight_of(name), bias, step.configs[name], self.float_dtype, kind)  # type: ignore[arg-type]
+
+    def _weight_of(self, name: str) -> Tensor:
+        """The weight in float32 [out_features, in_features], whatever the module is now."""
+        module = self.model.skeleton.module(name)
+        if isinstance(module, Gate):
+            module = module.target
+        if isinstance(module, CompressedModule):
+            return module.leaves()[""].weight
+        weight = module.weight.detach().float()
+        flipped = self.plan.architecture.transposed and name not in self._outer_names()
+        return weight.T.contiguous() if flipped else weight
+
+    def _outer_names(self) -> tuple[str, ...]:
+        return (*self.plan.architecture.head.linears, *self.plan.architecture.embedding.linears)
+
+    def _running(self, name: str, module: CompressedModule) -> CompressedModule:
+        """The module as it will be once loaded from disk in the compute dtype."""
+        running = rebuild_module(name, module.spec, module.stored(), self.compute_dtype).to(self.device)
+        running.hold(self.compute_dtype)
+        return running
+
+    def _generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator:
+        """Randomness that depends on the seed and the place only, so that a resumed run draws the same."""
+        text = f"{self.plan.recipe.seed}/{self.number}/{step.number}/{site}/{purpose}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+        return torch.Generator().manual_seed(seed)
+
+    def _check_finite(self, index: int) -> None:
+        for name, (module, attribute) in self.model.skeleton.block_tensors(index).items():
+            tensor = getattr(module, attribute)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise CheckpointError(
+                    f"{self.model.reader.info(name).file}: tensor {name} holds NaN or infinity; the checkpoint is damaged: "
+                    f"fetch it again"
+                )
+
+    # ---- what is written
+
+    def _write_block(self, index: int, outcomes: dict[str, Outcome]) -> BlockEntry:
+        inside = self.plan.architecture.blocks[index] + "."
+        names = [name for name in self.model.reader.infos if name.startswith(inside)]
+        return self._write(index, names, outcomes)
+
+    def _write(self, part: int, names: list[str], outcomes: dict[str, Outcome], extra: dict[str, Stored] | None = None) -> BlockEntry:
+        """Write one shard: compressed modules from memory, the rest copied from the source."""
+        tensors: dict[str, Stored] = {}
+        for name in names:
+            if name.rpartition(".")[0] not in outcomes:
+                tensors[name] = from_source(self.model.reader, name, self._cast())
+        tensors.update(extra or {})
+        layers = {}
+        for name, outcome in outcomes.items():
+            for suffix, tensor in outcome.module.stored().items():
+                if suffix == "bias":
+                    tensor = tensor.to(self._cast() or TORCH_DTYPES[self.model.reader.info(f"{name}.bias").dtype])
+                tensors[f"{name}.{suffix}"] = from_tensor(tensor)
+            self._check_bytes(name, tensors)
+            layers[name] = {**outcome.report, "notes": outcome.notes}
+        file = shard_name(self.plan, part + 1)
+        with self.watch("write"):
+            nbytes = write_safetensors(self.out / file, tensors)
+        return BlockEntry(self.number, part, file, nbytes, sha256_of(self.out / file), layers)
+
+    def _cast(self) -> torch.dtype | None:
+        return None if self.plan.recipe.model.dtype == "auto" else self.float_dtype
+
+    def _check_bytes(self, name: str, tensors: dict[str, Stored]) -> None:
+        written = sum(t.nbytes for n, t in tensors.items() if n.rpartition(".")[0] == name and not n.endswith(".bias"))
+        planned = self.plan.layers[name].bytes_after
+        assert written == planned, f"{name}: {written} bytes where the plan has {planned}"
+
+    def _check_probe(self, index: int, entry: BlockEntry, probe: Tensor, expected: Tensor) -> None:
+        """The block as read back from its shard must turn the probe batch into the very same numbers."""
+        file = self.out / entry.file
+        with CheckpointReader(self.out, read_header(file)) as reader:
+            block = self.model.load_block(index, reader, self.plan.specs)
+        output = self.model.call_block(block, index, probe.to(self.device)).cpu()
+        self.model.unload_block(index)
+        if not torch.equal(output, expected):
+            difference = (output - expected).abs().max().item()
+            raise CheckpointError(
+                f"{file}: read back, {self.plan.architecture.blocks[index]} gives other numbers than before it was written "
+                f"(by {difference:.3g}); the disk or the memory is faulty: run again on another disk"
+            )
+
+    def _replay(self, index: int, hidden: HiddenStates, original: HiddenStates | None) -> None:
+        """Run a finished block from its shard."""
+        with self.watch("replay"):
+            if original is not None:
+                block = self.model.load_block(index)
+                self._propagate(block, index, original)
+                self.model.unload_block(index)
+            entry = self.journal.finished(self.number)[index]
+            with CheckpointReader(self.out, read_header(self.out / entry.file)) as reader:
+                block = self.model.load_block(index, reader, self.plan.specs)
+            self._propagate(block, index, hidden)
+            self.model.unload_block(index)
+
+    # ---- before the blocks and after them
+
+    def _entry(self, finished: BlockEntry | None) -> None:
+        """Everything before block 0, the token table above all, which may itself be compressed."""
+        architecture = self.plan.architecture
+        table = architecture.embedding.linears[0]
+        if finished is None:
+            inside = tuple(f"{prefix}." for prefix in architecture.blocks)
+            head = architecture.head.linears[0] + "."
+            names = [n for n in self.model.reader.infos if not n.startswith(inside) and not n.startswith(head)]
+            outcomes = self._compress_outer(architecture.embedding, None)
+            finished = self._write(ENTRY, names, outcomes)
+            self.journal.add(finished)
+        self.result.layers.update(finished.layers)
+        if table in self.plan.layers:
+            with CheckpointReader(self.out, read_header(self.out / finished.file)) as reader:
+                self.model.replace_table(self._read_module(table, reader))
+
+    def _head(self, finished: BlockEntry | None, hidden: HiddenStates) -> None:
+        """The head: compressed if asked for, on the final normed hidden states; else copied."""
+        architecture = self.plan.architecture
+        head = architecture.head.linears[0]
+        if finished is None:
+            outcomes = self._compress_outer(architecture.head, hidden)
+            names = [n for n in self.model.reader.infos if n.startswith(head + ".")]
+            extra = {}
+            if self.plan.untied and head not in outcomes:
+                extra[f"{head}.weight"] = self._dense_table()
+            finished = self._write(architecture.n_blocks, names, outcomes, extra)
+            self.journal.add(finished)
+        self.result.layers.update(finished.layers)
+
+    def _dense_table(self) -> Stored:
+        """The token table of the source, to become the weight of a head that was tied to it."""
+        table = self.plan.architecture.embedding.linears[0]
+        return from_source(self.model.reader, f"{table}.weight", self._cast())
+
+    def _compress_outer(self, site: Site, hidden: HiddenStates | None) -> dict[str, Outcome]:
+        """The token table (no inputs) or the head (inputs: the final normed hidden states)."""
+        name = site.linears[0]
+        outcomes: dict[str, Outcome] = {}
+        for step in self.steps:
+            if name not in step.configs:
+                continue
+            current = outcomes[name].module.leaves()[""].weight if name in outcomes else self._outer_weight(name)
+            statistics = None
+            requests = step.method.statistics(step.configs[name])
+            if hidden is not None and requests:
+                n_tokens = sum(ids.numel() for ids in self.batches)
+                gatherer = gather(requests, current.shape[1], n_tokens, self._generator(step, site.name, "statistics"))
+                for x in self._normed(hidden):
+                    gatherer.add(x)
+                statistics = gatherer.result(f"{name} ({step.method.name})")
+            bias = self.model.reader.read(f"{name}.bias") if f"{name}.bias" in self.model.reader else None
+            kind = "embedding" if site.kind == "embedding" else "linear"
+            layer = Layer(name, current, bias, step.configs[name], self.float_dtype, kind)  # type: ignore[arg-type]
+            with self.watch(step.method.name):
+                outcomes.update(
+                    step.method.compress(SiteTask(site.name, (layer,)), statistics, self._generator(step, site.name, "compress"))
+                )
+            for note in outcomes[name].notes:
+                self.progress.note(f"{name}: {note}")
+        return outcomes
+
+    def _outer_weight(self, name: str) -> Tensor:
+        """The head's or the table's weight in float32, whatever it is stored as; checked."""
+        architecture = self.plan.architecture
+        if name == architecture.head.linears[0] and architecture.tied:
+            name = architecture.embedding.linears[0]
+        if name in self.plan.source_specs:
+            return self._read_module(name, self.model.reader, self.plan.source_specs).leaves()[""].weight
+        weight = self.model.reader.read(f"{name}.weight", torch.float32)
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{self.model.folder}: tensor {name}.weight holds NaN or infinity; fetch it again")
+        return weight
+
+    def _read_module(self, name: str, reader: CheckpointReader, specs: dict[str, Any] | None = None) -> CompressedModule:
+        return load_module(name, (specs or self.plan.specs)[name], reader, self.compute_dtype)
+
+    def _normed(self, hidden: HiddenStates) -> Iterator[Tensor]:
+        for batch in range(len(hidden)):
+            yield self.model.final_norm(hidden[batch].to(self.device)).flatten(0, -2)
+
+
+class _Call:
+    """Runs block `index` for a BlockPass."""
+
+    def __init__(self, model: StreamedModel, index: int, hidden: HiddenStates):
+        self.model, self.index, self.shapes = model, index, hidden.shapes
+
+    def __call__(self, block: nn.Module, batch: int, hidden: Tensor) -> Tensor:
+        return self.model.call_block(block, self.index, hidden)
+
+    def shared(self, batch: int) -> list[Tensor]:
+        return tensors_in(self.model.block_arguments(self.index, self.shapes[batch][:2]))  # type: ignore[arg-type]
+
+
+class _Discarded:
+    """Hidden states that are read but not overwritten: a pass whose outputs nobody wants."""
+
+    def __init__(self, hidden: HiddenStates):
+        self._hidden = hidden
+        self.in_memory = hidden.in_memory
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self._hidden[batch]
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        pass
