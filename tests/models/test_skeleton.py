@@ -236,6 +236,7 @@ def test_96_blocks_take_less_than_a_second():
     from transformers import LlamaConfig
 
     config = LlamaConfig(num_hidden_layers=96)
+    Skeleton(tiny_config("llama"), architecture_of(tiny_config("llama").to_dict()), torch.bfloat16)  # imports the class
     start = time.process_time()
     Skeleton(config, architecture_of(config.to_dict()), torch.bfloat16)
-    assert time.process_time() - start < 1  # 0.1 to 0.3 s seen, modules of the model class not counted
+    assert time.process_time() - start < 1  # 0.08 to 0.3 s seen
