@@ -6,6 +6,7 @@ forward that was stopped in the middle still holds (`Spill`). Where they live ne
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import tempfile
@@ -61,8 +62,11 @@ class ScratchFile:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    """The bytes of a contiguous CPU tensor, which must outlive them. (Through numpy, its storage could not be resized.)"""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 class HiddenStates:

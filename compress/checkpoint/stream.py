@@ -89,7 +89,7 @@ class StreamedModel:
         block = self.skeleton.blocks[index]
         names = list(self.skeleton.block_tensors(index))
         self._fill(names, reader, specs, f"{self.architecture.blocks[index]}.")
-        return block.to(self.device)
+        return block
 
     def unload_block(self, index: int) -> None:
         self.skeleton.empty_block(index)
@@ -97,12 +97,12 @@ class StreamedModel:
     def _fill(self, names: list[str], reader: CheckpointReader, specs: dict[str, ModuleSpec], prefix: str) -> None:
         replaced = {name: spec for name, spec in specs.items() if name.startswith(prefix)}
         for name, spec in replaced.items():
-            module = load_module(name, spec, reader, self.dtype)
+            module = load_module(name, spec, reader, self.dtype).to(self.device)
             module.hold(self.dtype)
             self.skeleton.replace(name, module)
         for name in names:
             if name.rpartition(".")[0] not in replaced:
-                self.skeleton.fill(name, reader.read(name, self.dtype))
+                self.skeleton.fill(name, reader.read(name, self.dtype).to(self.device))
 
     # ---- the way in
 
@@ -221,8 +221,9 @@ class StreamedModel:
 
     def replace_table(self, module: CompressedModule) -> None:
         """Use a compressed token table from here on."""
-        self._load_outside()
-        self.skeleton.replace(self.architecture.embeddings[0], module.to(self.device))
+        name = self.architecture.embeddings[0]
+        module.adopt(self.skeleton.module(name))
+        self.skeleton.replace(name, module.to(self.device))
 
     def replace_head(self, module: nn.Module) -> None:
         """Use another head from here on."""
@@ -239,7 +240,7 @@ class StreamedModel:
             if name.rpartition(".")[0] not in (table, head):
                 self.skeleton.fill(name, self.reader.read(name, self.dtype).to(self.device))
         if table in self.specs:
-            self.skeleton.replace(table, load_module(table, self.specs[table], self.reader, self.dtype).to(self.device))
+            self.replace_table(load_module(table, self.specs[table], self.reader, self.dtype))
         for module in self.skeleton.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
