@@ -21,7 +21,7 @@ class Leaf:
 
 
 class CompressedModule(nn.Module, ABC):
-    """A replaced linear or table. Its state_dict is what is stored: the tensors of `spec`, and `bias` if there is one."""
+    """A replaced linear or table. Its state_dict is what is stored: the tensors of `spec`, and `bias` if any."""
 
     spec: ModuleSpec
     held: Tensor | None = None  # a dense copy for repeated forwards; neither saved nor copied nor moved

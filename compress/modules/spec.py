@@ -29,7 +29,7 @@ class ModuleSpec(ABC):
 
     @abstractmethod
     def tensors(self, float_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Stored tensors, the bias left out: suffix -> (safetensors dtype, shape). `float_dtype`: the model's ("BF16")."""
+        """Stored tensors, less the bias: suffix -> (safetensors dtype, shape). `float_dtype`: the model's ("BF16")."""
 
     @abstractmethod
     def validate(self) -> None:
@@ -60,7 +60,7 @@ def spec_from_dict(fields: dict[str, object], where: str) -> ModuleSpec:
     """
     fields = dict(fields)
     name = fields.pop("representation", None)
-    if name not in SPECS:
+    if not isinstance(name, str) or name not in SPECS:
         raise CheckpointError(
             f"{where}: representation {name!r} is not known to this version of compress-llm; known: "
             f"{', '.join(sorted(SPECS))}. Upgrade with: pip install -U compress-llm"
@@ -70,5 +70,8 @@ def spec_from_dict(fields: dict[str, object], where: str) -> ModuleSpec:
         spec = cls(**fields)  # type: ignore[arg-type]
     except TypeError as error:
         raise CheckpointError(f"{where}: description of a {name} module does not fit: {error}") from None
-    spec.validate()
+    try:
+        spec.validate()
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     return spec

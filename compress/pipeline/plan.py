@@ -139,7 +139,7 @@ def plan(recipe: Recipe) -> Plan:
 
     source = find_source(recipe.model.path, recipe.model.revision)
     architecture = architecture_of(source.config, source.infos.keys())
-    source_specs = modules_of(source.config)
+    source_specs = modules_of(source.config, source.infos)
     check_source(source, architecture, source_specs)
     float_dtype = FLOAT_DTYPES.get(recipe.model.dtype) or stored_float_dtype(source)
     weights = _weights(source, architecture, source_specs)

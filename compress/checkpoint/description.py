@@ -1,0 +1,135 @@
+"""What `config.json` says about compressed modules: written for a result, read from any checkpoint.
+
+Two forms: compressed-tensors where it can hold the modules (`standard.py`), else our own:
+
+    "quantization_config": {"quant_method": "compress", "format_version": 1,
+                            "modules": [{<fields of a spec>, "names": ["model.layers.[0-31].mlp.up_proj", …]}, …]}
+    "transformers_weights": <a sentence for those who lack this package>
+
+Nothing that stands there is believed: it is checked, and held to the tensors on disk, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint.names import compact, expand
+from compress.checkpoint.standard import STANDARD, standard_config, standard_holds, standard_modules
+from compress.errors import CheckpointError
+from compress.models.architecture import Architecture
+from compress.modules.spec import ModuleSpec, spec_from_dict
+
+if TYPE_CHECKING:
+    from compress.checkpoint.headers import TensorInfo
+
+__all__ = ["GUARD", "OWN", "STANDARD", "check_tensors", "guard", "modules_of", "quantization_config", "standard_holds"]
+
+OWN = "compress"
+FORMAT_VERSION = 1
+OWN_INDEX = "compress.safetensors.index.json"  # always written, for one shard too
+GUARD = (
+    "this checkpoint is compressed in a format of its own: pip install compress-llm, and "
+    "`import compress` before loading it with transformers"
+)
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+def guard() -> str:
+    """The value of `transformers_weights` in config.json: transformers prints it, and stops, where it is no file name.
+
+    Without it, transformers that does not know us would load our folder as a model with random weights.
+    """
+    return GUARD
+
+
+def quantization_config(format_: str, specs: Mapping[str, ModuleSpec], architecture: Architecture) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint.
+
+    Args:
+        format_: "compressed-tensors" (which `standard_holds`) or "compress".
+        specs: its replaced modules by name on disk.
+    """
+    if format_ == STANDARD:
+        return standard_config(specs, architecture)
+    names: dict[ModuleSpec, list[str]] = {}
+    for name, spec in specs.items():
+        names.setdefault(spec, []).append(name)
+    described = sorted((compact(alike), spec) for spec, alike in names.items())
+    modules = [{**spec.to_dict(), "names": alike} for alike, spec in described]
+    return {"quant_method": OWN, "format_version": FORMAT_VERSION, "modules": modules}
+
+
+def modules_of(config: Mapping[str, Any], infos: Mapping[str, TensorInfo] | None = None) -> dict[str, ModuleSpec]:
+    """The compressed modules of a checkpoint, by name on disk; none if it is not compressed.
+
+    Args:
+        config: the contents of config.json.
+        infos: the tensors on disk. With them the modules are checked; compressed-tensors cannot be read without them.
+
+    Raises: CheckpointError naming what is impossible, unknown to us, or not what is on disk.
+    """
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization is None:
+        return {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"config.json: quantization_config is {quantization!r:.200}, not an object")
+    method = quantization.get("quant_method")
+    specs: dict[str, ModuleSpec]
+    if method == OWN:
+        specs = _own_modules(quantization)
+    elif method == STANDARD:
+        if infos is None:
+            raise CheckpointError(
+                "a compressed-tensors checkpoint cannot be described without the headers of its files"
+            )
+        specs = dict(standard_modules({**config, "quantization_config": quantization}, infos))
+    else:
+        raise CheckpointError(
+            f"config.json: the model is already quantized with {method!r}, which cannot be read here; "
+            f"use the original model, or one in the formats {STANDARD} (pack-quantized) or {OWN}"
+        )
+    if infos is not None:
+        check_tensors(specs, infos)
+    return specs
+
+
+def check_tensors(specs: Mapping[str, ModuleSpec], infos: Mapping[str, TensorInfo]) -> None:
+    """Hold described modules to the headers of the files. Raises: CheckpointError naming the tensor that differs."""
+    for name, spec in specs.items():
+        for suffix, (dtype, shape) in spec.tensors("F32").items():
+            info = infos.get(f"{name}.{suffix}")
+            if info is None:
+                raise CheckpointError(f"{name}.{suffix}: config.json describes this tensor, and no file holds it")
+            right_dtype = info.dtype in FLOATS if dtype in FLOATS else info.dtype == dtype
+            if info.shape != shape or not right_dtype:
+                raise CheckpointError(
+                    f"{name}.{suffix}: {info.dtype} {list(info.shape)} is stored, but config.json describes "
+                    f"{'a float' if dtype in FLOATS else dtype} {list(shape)}; the checkpoint is damaged"
+                )
+
+
+def _own_modules(quantization: Mapping[str, Any]) -> dict[str, ModuleSpec]:
+    where = "config.json: quantization_config"
+    version = quantization.get("format_version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{where}: format_version={version!r} is not a version of this format")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format_version {version} is newer than this compress-llm knows ({FORMAT_VERSION}); "
+            f"upgrade with: pip install -U compress-llm"
+        )
+    entries = quantization.get("modules")
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{where}: modules={entries!r:.200} is not a list")
+    specs: dict[str, ModuleSpec] = {}
+    for number, entry in enumerate(entries):
+        here = f"{where}: modules[{number}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("names"), list):
+            raise CheckpointError(f"{here}: an object with a list of names is expected, found {entry!r:.200}")
+        spec = spec_from_dict({key: value for key, value in entry.items() if key != "names"}, here)
+        for name in expand(entry["names"]):
+            if name in specs:
+                raise CheckpointError(f"{here}: {name} is described twice")
+            specs[name] = spec
+    return specs
