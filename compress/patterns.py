@@ -4,8 +4,8 @@
     *.down_proj                     a glob: * any run of characters, dots included; ? one; [0-3] one of these
     re:.*\\.(q|k|v)_proj             a regular expression
 
-Either kind must match the *whole* name. Layers outside the decoder blocks (the head, the embeddings) are reached only by a
-pattern that spells out the last part of their name, such as `lm_head`: `*` alone never takes them.
+Either kind must match the *whole* name. Layers outside the decoder blocks (the head, the embeddings) are reached only
+by a pattern that spells out the last part of their name, such as `lm_head`: `*` alone never takes them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ N_SHOWN = 8  # kinds of layer that an error lists
 
 @lru_cache(maxsize=1024)
 def compiled(pattern: str) -> re.Pattern[str]:
-    """The expression that a whole name must match. Raises: RecipeError if `pattern` is empty or no regular expression."""
+    """The expression for whole names. Raises: RecipeError if `pattern` is empty or no regular expression."""
     if not pattern.removeprefix(REGEX).strip():
-        raise RecipeError(f"pattern {pattern!r} is empty; use a name, a glob such as '*.down_proj', or 're:' and an expression")
+        raise RecipeError(
+            f"pattern {pattern!r} is empty; use a name, a glob such as '*.down_proj', or 're:' and an expression"
+        )
     try:
         return re.compile(pattern[len(REGEX) :] if pattern.startswith(REGEX) else translate(pattern))
     except re.error as error:
