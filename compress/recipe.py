@@ -9,8 +9,8 @@
     evaluation: {data: Salesforce/wikitext, subset: wikitext-2-raw-v1, split: test, length: 2048}
 
 What describes the result is here; what describes the machine is on the command line. Everything is checked when the
-recipe is loaded: an unknown key is an error that names the nearest known one, and every error is one line that names the
-file, the key, the value and the remedy. The settings of a step are those of its method's config.
+recipe is loaded: an unknown key is an error that names the nearest known one, and every error is one line with the file,
+the key, the value and the remedy. The settings of a step are those of its method's config.
 """
 
 from __future__ import annotations
