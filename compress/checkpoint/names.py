@@ -44,15 +44,19 @@ def expand(patterns: Iterable[object]) -> Iterator[str]:
 def expressions(names: Collection[str], among: Collection[str]) -> list[str]:
     """Regular expressions that match `names` from start to end, and no other name of `among`.
 
-    Where every number that occurs in `among` is meant, the expression says "any number".
+    Where "any number" matches no other name, the expression says that.
     """
     found = []
     others = set(among) - set(names)
     for key in _merged(names):
-        exact = r"\.".join(re.escape(p) if isinstance(p, str) else f"(?:{'|'.join(map(str, sorted(p)))})" for p in key)
-        loose = r"\.".join(re.escape(p) if isinstance(p, str) else r"\d+" if len(p) > 1 else str(min(p)) for p in key)
-        fits = re.compile(loose + "$")
-        found.append((exact if any(fits.match(name) for name in others) else loose) + "$")
+        parts = [re.escape(p) if isinstance(p, str) else f"(?:{'|'.join(map(str, sorted(p)))})" for p in key]
+        for position, part in enumerate(key):
+            if isinstance(part, frozenset):
+                exact, parts[position] = parts[position], r"\d+" if len(part) > 1 else str(min(part))
+                fits = re.compile(r"\.".join(parts) + "$")
+                if len(part) > 1 and any(fits.match(name) for name in others):
+                    parts[position] = exact
+        found.append(r"\.".join(parts) + "$")
     return sorted(found)
 
 

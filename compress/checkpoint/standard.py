@@ -42,6 +42,9 @@ def standard_holds(specs: Mapping[str, ModuleSpec], architecture: Architecture) 
     inside = [name for name in schemes if name not in outside]
     if architecture.transposed and inside:
         return f"{inside[0]} is a Conv1D, and compressed-tensors holds nn.Linear only"
+    tables = [name for name in schemes if name in architecture.embeddings]
+    if tables:
+        return f"{tables[0]} is a quantized table, which stock transformers cannot load in this format"
     symmetric = {scheme[2] for scheme in schemes.values()}
     if symmetric != {True} and len(set(schemes.values())) > 1:
         return "of asymmetric modules stock transformers reads one setting for all layers, and here there are several"
@@ -125,11 +128,11 @@ def _experts_held(schemes: Mapping[str, Scheme], architecture: Architecture) -> 
     """Stock transformers decodes the experts as it merges them: all of them, symmetric, with one scheme."""
     experts = [name for site in architecture.all_sites() if site.expert is not None for name in site.linears]
     used = {schemes.get(name) for name in experts}
-    if used <= {None}:
+    if not experts or not schemes:
         return None
     if None in used:
         kept = next(name for name in experts if name not in schemes)
-        return f"{kept} is not quantized and other experts are; stock transformers decodes all experts or none"
+        return f"{kept} is not quantized, and stock transformers loads this format only where all experts are"
     if len(used) > 1:
         return "the experts have several settings, and stock transformers reads one for all of them"
     if not all(scheme[2] for scheme in used if scheme is not None):
@@ -139,10 +142,11 @@ def _experts_held(schemes: Mapping[str, Scheme], architecture: Architecture) -> 
 
 def _linears(architecture: Architecture) -> list[str]:
     """Every linear by name on disk: those that can be replaced, routers, and what OPT has outside its blocks."""
-    names = [n for site in architecture.all_sites() if site.kind != "embedding" for n in site.linears]
+    sites = (architecture.head,) if architecture.transposed else architecture.all_sites()  # a Conv1D is no nn.Linear
+    names = [n for site in sites if site.kind != "embedding" for n in site.linears]
     if architecture.experts is not None:
-        for block, sites in zip(architecture.blocks, architecture.block_sites, strict=True):
-            if any(site.expert is not None for site in sites):
+        for block, of_block in zip(architecture.blocks, architecture.block_sites, strict=True):
+            if any(site.expert is not None for site in of_block):
                 names.append(f"{block}.{architecture.experts.router}")
     if architecture.family == "opt":
         names += [architecture.embeddings[0].replace("embed_tokens", f"project_{way}") for way in ("in", "out")]

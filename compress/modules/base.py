@@ -37,6 +37,13 @@ class CompressedModule(nn.Module, ABC):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight it stands for, [out_features, in_features]; by default in the dtype of its own float tensors."""
 
+    @property
+    def weight(self) -> Tensor:
+        """`dense()`, decoded anew at each access: for model code that looks at a linear's weight, or its dtype."""
+        weight = self.dense()
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers initialises what lacks this mark
+        return weight
+
     def adopt(self, original: nn.Module) -> None:
         """Take over what the module in whose place this one is put does beside its weight. Usually nothing."""
         return

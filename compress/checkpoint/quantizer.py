@@ -1,0 +1,212 @@
+"""How transformers loads our modules: its quantizer for `quant_method: compress`.
+
+It replaces the described modules before weights are read, after holding the description to the config's model and to
+the headers of the files: nothing is left random. It also runs compressed-tensors checkpoints on our modules, where
+`compress.load` put their config under ours (key "standard"); those are saved as compressed-tensors again.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compress.checkpoint.description import GUARD, OWN, OWN_INDEX, modules_of, quantization_config
+from compress.checkpoint.headers import TensorInfo, read_header
+from compress.checkpoint.saving import guard_saving
+from compress.errors import CheckpointError, RecipeError
+from compress.models.architecture import Architecture
+from compress.models.experts import unfuse_experts, without_expert_converters
+from compress.models.families import architecture_of, disk_name, module_name
+from compress.modules.base import CompressedModule
+from compress.modules.registry import module_class
+from compress.modules.spec import ModuleSpec
+
+MARKER = "compress-llm"  # in the names of tensors that only an unguarded copy has
+
+
+class CompressConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a model in our modules, kept as it stands in config.json."""
+
+    def __init__(self, **fields: Any):
+        self.quant_method = OWN  # type: ignore[assignment]
+        self.fields = {**fields, "quant_method": OWN}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @property
+    def standard(self) -> dict[str, Any] | None:
+        """The compressed-tensors config that stands for the model on disk, if it is one."""
+        return self.fields.get("standard")
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.standard or self.fields)
+
+
+class CompressQuantizer(HfQuantizer):
+    """Loads our modules and saves them. `guarded`: our own `save_pretrained` is at work."""
+
+    requires_calibration = True
+    quantization_config: CompressConfig
+    guarded = False
+    unfused = False
+    complete = True  # the head is there: what is saved can be loaded again
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Point transformers to the weights; it calls this before it looks for them."""
+        if getattr(config, "transformers_weights", None) == GUARD:
+            config.transformers_weights = OWN_INDEX
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        infos = _headers(checkpoint_files)
+        config = {**model.config.to_dict(), "quantization_config": self.quantization_config.to_dict()}
+        specs = modules_of(config, infos)
+        architecture = _architecture(config, infos)
+        if architecture is not None:
+            of_experts = {n for site in architecture.all_sites() if site.expert is not None for n in site.linears}
+            self.unfused = not of_experts.isdisjoint(specs)
+            if self.unfused:
+                unfuse_experts(model, architecture)
+        cut = _cut_prefix(model)
+        self.complete = not cut
+        for name, spec in specs.items():
+            inner = module_name(architecture, name) if architecture is not None else name
+            if inner.startswith(cut):
+                _replace(model, inner.removeprefix(cut), name, spec, dtype or torch.get_default_dtype())
+        if architecture is not None:
+            _check_complete(model, cut, architecture, infos.keys(), self.unfused)
+            self._describe_as_saved(specs, architecture, config)
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            re.escape(MARKER),
+            *(f"^{re.escape(name)}\\.weight$" for name in list(specs)[:1]),
+        }
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, CompressedModule):
+                _check_shape(name, module)
+        if hasattr(model.config, "transformers_weights"):
+            del model.config.transformers_weights
+        if self.quantization_config.standard is None:
+            guard_saving(model)
+        return model
+
+    def _describe_as_saved(self, specs: Mapping[str, ModuleSpec], architecture: Architecture, config: Any) -> None:
+        """transformers saves under its own names, also where those on disk lacked the base model's prefix."""
+        saved = architecture_of(config)
+        if saved.embeddings != architecture.embeddings and self.quantization_config.standard is None:
+            renamed = {disk_name(saved, module_name(architecture, name)): spec for name, spec in specs.items()}
+            self.quantization_config.fields = quantization_config(OWN, renamed, saved)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Experts that we unfused are named as on disk: there is nothing to merge."""
+        return without_expert_converters(weight_conversions) if self.unfused else weight_conversions
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What is saved. Should someone get round our `save_pretrained`, the copy must still not load without us."""
+        if self.guarded or self.quantization_config.standard is not None:
+            return None, {}
+        state = model.state_dict()
+        first = next((n for n, m in model.named_modules() if isinstance(m, CompressedModule)), None)
+        if first is not None:
+            state[f"{first}.weight"] = torch.empty(0)  # of another shape than the original's: stock transformers stops
+            state[f"{first}: this needs pip install {MARKER}"] = torch.empty(0)  # and its report shows this name
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        return self.complete
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _headers(files: list[str] | None) -> dict[str, TensorInfo]:
+    if not files:
+        raise CheckpointError("a compressed model can be built from its files only, not from a config or a state_dict")
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        infos.update(read_header(Path(file)))
+    return infos
+
+
+def _architecture(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Architecture | None:
+    """None for a family without a table, which others may have compressed."""
+    try:
+        return architecture_of(config, infos.keys())
+    except RecipeError:
+        return None
+
+
+def _cut_prefix(model: Any) -> str:
+    """What names of the whole model begin with, where `model` is the base model alone."""
+    prefix = model.base_model_prefix
+    return f"{prefix}." if prefix and not hasattr(model, prefix) else ""
+
+
+def _replace(model: Any, inner: str, name: str, spec: ModuleSpec, dtype: torch.dtype) -> None:
+    """Put an empty module for `spec` in the place of the module called `inner`, which must be one that it fits."""
+    try:
+        original = model.get_submodule(inner)
+    except AttributeError:
+        raise CheckpointError(
+            f"{name}: config.json describes this module, and {type(model).__name__} has none"
+        ) from None
+    weight = getattr(original, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    if type(original).__name__ == "Conv1D" and shape is not None:
+        shape = shape[::-1]
+    if shape != (spec.out_features, spec.in_features):
+        raise CheckpointError(
+            f"{name}: config.json describes a weight of shape {[spec.out_features, spec.in_features]}, and the model "
+            f"has {type(original).__name__} {list(shape or ())}; the two are not of one model"
+        )
+    if any(f"{inner}.weight" in pair for pair in model.all_tied_weights_keys.items()):
+        raise CheckpointError(f"{name}: is compressed, but config.json ties it (tie_word_embeddings); it must be false")
+    is_table = isinstance(original, nn.Embedding)
+    if is_table != (getattr(spec, "kind", "linear") == "embedding"):
+        raise CheckpointError(f"{name}: config.json describes it as {spec.kind}, it is {type(original).__name__}")  # type: ignore[attr-defined]
+    bias = getattr(original, "bias", None) is not None
+    module = module_class(spec.representation).from_spec(spec, bias, dtype, "meta")
+    module.adopt(original)
+    model.set_submodule(inner, module.train(original.training))
+
+
+def _check_complete(model: Any, cut: str, architecture: Architecture, stored: Iterable[str], unfused: bool) -> None:
+    """Every tensor of the decoder is in the files: transformers would fill in what is missing at random."""
+    stored = set(stored)
+    tied = set(model.all_tied_weights_keys)
+    base, head = f"{model.base_model_prefix}.", module_name(architecture, architecture.head.linears[0]) + "."
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    for key in model.state_dict():
+        inner = cut + key
+        if key in tied or not inner.startswith((base, head)) or any(p.search(key) for p in ignored):
+            continue
+        if architecture.experts is not None and not unfused and ".experts." in inner:
+            continue  # held as one tensor for all experts, merged while loading
+        name = disk_name(architecture, inner)
+        if name not in stored:
+            raise CheckpointError(f"{name}: no file of the checkpoint holds this tensor; fetch the missing shards")
+
+
+def _check_shape(name: str, module: CompressedModule) -> None:
+    """The stored `weight_shape`, which nothing reads but others, says what the description says."""
+    shape = getattr(module, "weight_shape", None)
+    if isinstance(shape, Tensor) and not shape.is_meta:
+        expected = [module.spec.out_features, module.spec.in_features]
+        if shape.tolist() != expected:
+            raise CheckpointError(f"{name}.weight_shape: {shape.tolist()} is stored, {expected} is described")
