@@ -62,7 +62,7 @@ class StreamedModel:
         raw = read_json(folder / "config.json")
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
         self.reader = reader or CheckpointReader(folder)
-        self.specs = modules_of(raw) if specs is None else specs
+        self.specs = modules_of(raw, self.reader.infos) if specs is None else specs
         self.architecture = architecture_of(raw, self.reader.infos.keys())
         self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         self.skeleton = Skeleton(self.config, self.architecture, dtype)
@@ -115,6 +115,7 @@ class StreamedModel:
             name = f"{self.architecture.embeddings[0]}.weight"
             weight = self.reader.read_rows(name, rows, self.dtype).to(self.device)
             table.weight = nn.Parameter(weight, requires_grad=False)
+            table.padding_idx = None  # concerns gradients only, and would have to be among the rows
         entered: list[Tensor] = []
 
         def enter(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -180,9 +181,15 @@ class StreamedModel:
         """Logits [batch, length, vocabulary] of final normed hidden states, with whatever the family does after its head."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
+        class Output(BaseModelOutputWithPast):
+            """Families look for outputs of their own (cross attentions, router logits): none of them is there."""
+
+            def __getattr__(self, name: str) -> None:
+                return None
+
         self.load_head()
         zeros = torch.zeros(normed.shape[:2], dtype=torch.long, device=self.device)
-        self._backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=normed)
+        self._backbone.forward = lambda *args, **kwargs: Output(last_hidden_state=normed)
         try:
             with torch.no_grad():
                 return self.skeleton.model(input_ids=zeros, use_cache=False).logits

@@ -67,7 +67,10 @@ def evaluate_run(plan: Plan, source: Path, out: Path, machine: Machine, progress
     assert settings
     device, dtype = compute_place(plan, machine)
     run = _Evaluation(settings, machine, progress, device, dtype, plan.recipe.model.trust_remote_code)
-    return run(out, source)
+    with_original = run(out, source if settings.reference else None)
+    if not settings.reference:
+        with_original["reference"] = run(source, None)["model"]
+    return with_original
 
 
 class _Evaluation:
@@ -87,7 +90,7 @@ class _Evaluation:
         model = self._open(folder)
         windows = self.windows(folder, model)
         text = {
-            "data": self.settings.data,
+            "data": list(self.settings.data),
             "windows": len(windows.ids),
             "length": windows.ids.shape[1],
             "stride": windows.stride,

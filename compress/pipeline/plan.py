@@ -223,8 +223,8 @@ def _plan_step(
 
     method = find(step.method)
     where = f"steps.{number}.{step.method}"
-    inside = [name for name, (site, _) in weights.items() if site.kind not in ("head", "embedding")]
-    names = select(inside if step.layers is None else list(weights), step.layers, step.skip, where=where)
+    outside = [name for name, (site, _) in weights.items() if site.kind in ("head", "embedding")]
+    names = select(list(weights), step.layers, step.skip, outside=outside, where=where)
     if not names:
         raise RecipeError(f"{where}: layers minus skip leave no layer; widen layers or narrow skip")
     configs = step.configs(names, where=where)
