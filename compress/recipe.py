@@ -9,7 +9,7 @@
     evaluation: {data: Salesforce/wikitext, subset: wikitext-2-raw-v1, split: test, length: 2048}
 
 What describes the result is here; what describes the machine is on the command line. Everything is checked when the
-recipe is loaded: an unknown key is an error that names the nearest known one, and every error is one line with the file,
+recipe is loaded. An unknown key is an error that names the nearest known one, and every error is one line: the file,
 the key, the value and the remedy. The settings of a step are those of its method's config.
 """
 
@@ -20,7 +20,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -76,6 +76,8 @@ class Model(Section):
 class Data(Section):
     """Where text comes from."""
 
+    default_split: ClassVar[str] = "train"
+    data: Strings | None = None
     split: str | None = Field(None, description="split of a Hub data set [default: train; evaluation: test]")
     subset: str | None = Field(None, description="configuration of a Hub data set")
     column: str | None = Field(
@@ -107,6 +109,7 @@ class Calibration(Data):
 class Evaluation(Data):
     """Perplexity before and after, on joined text."""
 
+    default_split: ClassVar[str] = "test"
     data: Strings = Field(("shipped",), description="a Hub data set, files, or `shipped`")
     length: int | None = Field(None, ge=2, description="tokens per window [default: 2048 or the model's limit]")
     stride: int | None = Field(
