@@ -8,6 +8,8 @@ The reference is what a faster implementation must equal, and what runs where th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -63,12 +65,15 @@ def _reference(
     n_out = weight_packed.shape[0]
     flat = x.reshape(-1, in_features)
     out = x.new_empty(flat.shape[0], n_out)
-    step = max(1, TILE // in_features)
-    for start in range(0, n_out, step):
-        rows = slice(start, min(start + step, n_out))
+    for rows in _tiles(n_out, in_features):
         weight = dequantize_rows(weight_packed, weight_scale, weight_zero_point, bits, in_features, rows).to(x.dtype)
         out[:, rows] = functional.linear(flat, weight, None if bias is None else bias[rows].to(x.dtype))
     return out.view(*x.shape[:-1], n_out)
+
+
+def _tiles(n_out: int, in_features: int) -> list[slice]:
+    step = max(1, TILE // in_features)
+    return [slice(start, min(start + step, n_out)) for start in range(0, n_out, step)]
 
 
 def dequantize_rows(
@@ -101,5 +106,26 @@ def _meta(
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
 
 
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight_packed, weight_scale, weight_zero_point, bias, ctx.bits, _, ctx.in_features = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(weight_packed, weight_scale, weight_zero_point)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of input and bias; the codes are constants."""
+    weight_packed, weight_scale, weight_zero_point = ctx.saved_tensors
+    n_out = weight_packed.shape[0]
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad.new_zeros(*grad.shape[:-1], ctx.in_features)
+        for rows in _tiles(n_out, ctx.in_features):
+            weight = dequantize_rows(weight_packed, weight_scale, weight_zero_point, ctx.bits, ctx.in_features, rows)
+            grad_x += grad[..., rows] @ weight.to(grad.dtype)
+    grad_bias = grad.reshape(-1, n_out).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
 LIBRARY.impl("quantized_linear", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("quantized_linear", _meta, "Meta")
+torch.library.register_autograd("compress::quantized_linear", _backward, setup_context=_remember, lib=LIBRARY)
