@@ -86,7 +86,7 @@ def _matching(pattern: str, names: Sequence[str], beyond: Collection[str], where
 def _hint(pattern: str, names: Sequence[str]) -> str:
     """The nearest name of a kind (names that differ in numbers only are one kind), or the kinds there are."""
     kinds = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
-    ends = list(dict.fromkeys("*." + kind.rpartition(".")[2] for kind in kinds))
+    ends = list(dict.fromkeys("*." + kind.rpartition(".")[2] if "." in kind else kind for kind in kinds))
     if not pattern.startswith(REGEX):
         near = difflib.get_close_matches(pattern, ends, n=1, cutoff=0.7) or difflib.get_close_matches(
             re.sub(r"\d+", "*", pattern), kinds, n=1, cutoff=0.6
