@@ -23,7 +23,7 @@ from compress.calibration.store import HiddenStates
 from compress.errors import NumericsError
 from compress.evaluation.windows import Windows
 
-LOGIT_BYTES = 32 * 2**20  # of one chunk of float32 logits …
+LOGIT_BYTES = 8 * 2**20  # of one chunk of float32 logits: within a cache …
 MIN_CHUNK_TOKENS = 512  # … but no fewer tokens than this, over which the cost of converting the head is spread
 
 Logits = Callable[[Tensor], Tensor]  # final normed hidden states [1, tokens, hidden] -> logits [1, tokens, vocabulary]
@@ -76,15 +76,17 @@ def compare(
     agreed = positions = 0
     pairs = zip(_chunks(windows, reference, vocab_size), _chunks(windows, hidden, vocab_size), strict=True)
     for (normed_p, targets, counts), (normed_q, _, _) in pairs:
-        p = torch.log_softmax(reference_logits(normed_p).float()[0], dim=-1)
-        q = torch.log_softmax(logits(normed_q).float()[0], dim=-1)
-        for scores, log_probabilities in ((theirs, p), (ours, q)):
-            nll = -log_probabilities.gather(1, targets[:, None])[:, 0][counts]
+        p, q = reference_logits(normed_p).float()[0], logits(normed_q).float()[0]  # [tokens, vocabulary]
+        norm_p, norm_q = p.logsumexp(-1), q.logsumexp(-1)
+        for scores, values, norm in ((theirs, p, norm_p), (ours, q, norm_q)):
+            nll = (norm - values.gather(1, targets[:, None])[:, 0])[counts]
             scores.nll += float(nll.double().sum())
             scores.n_scored += int(counts.sum())
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
         positions += p.shape[0]
-        divergences.append((p.exp() * (p - q)).sum(-1))
+        gap = torch.sub(p, q, out=q)
+        weight = p.sub_(norm_p[:, None]).exp_()
+        divergences.append(torch.einsum("tv,tv->t", weight, gap) - norm_p + norm_q)
     kl = torch.cat(divergences).double()
     if not torch.isfinite(kl).all():
         raise NumericsError(f"{where}: the logits are not finite; the model is broken: see the report's layer losses")

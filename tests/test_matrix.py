@@ -1,0 +1,197 @@
+"""Method x property: what must hold for every method, on a small real run. A new method joins with one line in CASES."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.pipeline.progress import Silent
+from compress.pipeline.run import Machine, RunResult, run
+from compress.recipe import Recipe
+from tests.tiny_models import save_tiny
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with settings that fit a model of width 64. `finer` are settings that must lose less."""
+
+    name: str
+    steps: list[dict[str, Any]]
+    finer: list[dict[str, Any]] = field(default_factory=list)
+    model: str = "llama_gqa_tied"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("rtn", [{"rtn": {"bits": 4, "group_size": 32}}], [{"rtn": {"bits": 8, "group_size": 32}}]),
+    Case("rtn_asymmetric_mse", [{"rtn": {"bits": 3, "group_size": 32, "symmetric": False, "clip": "mse"}}]),
+    Case("gptq", [{"gptq": {"bits": 4, "group_size": 32}}], [{"gptq": {"bits": 6, "group_size": 32}}]),
+    Case("gptq_act_per_row", [{"gptq": {"bits": 5, "group_size": -1, "order": "act"}}]),
+    Case("gptaq", [{"gptq": {"bits": 3, "group_size": 32, "gptaq": 0.25}}]),
+    Case("rtn_then_gptq", [{"rtn": {"bits": 8, "group_size": 32}}, {"gptq": {"bits": 4, "group_size": 32}}]),
+    Case(
+        "mixed_bits",
+        [{"gptq": {"bits": 4, "group_size": 32}, "overrides": {"*.down_proj": {"bits": 8}}, "skip": ["*.0.*.o_proj"]}],
+    ),
+    Case("with_head", [{"gptq": {"bits": 4, "group_size": 32}, "layers": ["*_proj", "lm_head"]}], model="llama"),
+    Case("conv1d", [{"gptq": {"bits": 4, "group_size": 32}}], model="gpt2"),
+    Case("experts", [{"gptq": {"bits": 4, "group_size": 32}}], model="mixtral"),
+]
+
+
+def recipe_for(folder: Path, steps: list[dict[str, Any]], text: Path, **fields: Any) -> Recipe:
+    return Recipe.from_dict(
+        {
+            "model": str(folder),
+            "calibration": {"data": str(text), "samples": 6, "length": 48, "batch_size": 2},
+            "steps": steps,
+            "evaluation": {"data": str(text), "length": 48, "max_tokens": 480},
+            **fields,
+        }
+    )
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """Checksums of all files but the report, which holds timings."""
+    return {
+        f.name: hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.iterdir())
+        if f.is_file() and f.name != "compress_report.json"
+    }
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    words = ["stone", "river", "under", "the", "old", "a", "bridge", "went", "slowly", "light", "and", "never"]
+    picks = torch.randint(len(words), (4000,), generator=generator).tolist()
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join(" ".join(words[i] for i in picks[k : k + 80]) for k in range(0, 4000, 80)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Any:
+    """`runs(case)`: the source folder and the result of a case, made once."""
+    made: dict[str, tuple[Path, RunResult]] = {}
+
+    def get(case: Case) -> tuple[Path, RunResult]:
+        if case.name not in made:
+            source = tmp_path_factory.mktemp("source") / case.model
+            save_tiny(case.model, source)
+            made[case.name] = (source, run(recipe_for(source, case.steps, text), tmp_path_factory.mktemp("out") / "result"))
+        return made[case.name]
+
+    return get
+
+
+matrix = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@matrix
+def test_size_reported_is_size_on_disk(case: Case, runs: Any) -> None:
+    _, result = runs(case)
+    from compress.checkpoint.headers import read_headers
+
+    infos = read_headers(result.folder)
+    for layer in result.report["layers"]:
+        stored = [i.nbytes for n, i in infos.items() if n.rpartition(".")[0] == layer["name"] and not n.endswith(".bias")]
+        assert sum(stored) == layer["bytes_after"] == result.plan.layers[layer["name"]].spec.nbytes("F32")
+    assert sum(i.nbytes for i in infos.values()) == result.plan.bytes_total_after
+    assert result.report["bytes_on_disk_weights"] == sum(f.stat().st_size for f in result.folder.glob("*.safetensors"))
+
+
+@matrix
+def test_nothing_but_the_result_is_left(case: Case, runs: Any) -> None:
+    source, result = runs(case)
+    names = {f.name for f in result.folder.iterdir()}
+    assert {"config.json", "recipe.yaml", "README.md", "compress_report.json", "tokenizer.json"} <= names
+    assert not any(name.endswith(".partial") or name.startswith(".") for name in names)
+    assert Recipe.load(result.folder / "recipe.yaml").hash() == result.plan.recipe.hash()
+    json.loads((result.folder / "compress_report.json").read_text())
+
+
+@matrix
+def test_loads_generates_and_equals_what_was_streamed(case: Case, runs: Any) -> None:
+    """The model that `compress.load` gives computes the logits that the evaluation, block by block, computed."""
+    import compress
+    from compress.checkpoint.stream import StreamedModel
+
+    _, result = runs(case)
+    model = compress.load(result.folder)
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    streamed = StreamedModel(result.folder)
+    with torch.no_grad():
+        hidden = streamed.embed(ids)
+        for index in range(streamed.n_blocks):
+            hidden = streamed.call_block(streamed.load_block(index), index, hidden)
+            streamed.unload_block(index)
+        expected = streamed.logits(streamed.final_norm(hidden))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, 44)
+
+
+@matrix
+def test_same_seed_same_bytes_wherever_activations_live(case: Case, runs: Any, text: Path, tmp_path: Path) -> None:
+    source, result = runs(case)
+    run(recipe_for(source, case.steps, text), tmp_path / "again", machine=Machine(activation_bytes=0))
+    assert fingerprints(tmp_path / "again") == fingerprints(result.folder)
+
+
+@matrix
+def test_interrupted_and_resumed_is_the_same(case: Case, runs: Any, text: Path, tmp_path: Path) -> None:
+    source, result = runs(case)
+
+    class Stop(Silent):
+        blocks = 0
+
+        def advance(self, steps: int = 1, detail: str = "") -> None:
+            self.blocks += 1
+            if self.blocks == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe_for(source, case.steps, text), tmp_path / "cut", progress=Stop())
+    assert not (tmp_path / "cut" / "config.json").exists()
+    resumed = run(recipe_for(source, case.steps, text), tmp_path / "cut")
+    assert resumed.report["replayed_blocks"] == 2
+    assert fingerprints(tmp_path / "cut") == fingerprints(result.folder)
+    figures = {layer["name"]: layer["figures"] for layer in resumed.report["layers"]}
+    assert figures == {layer["name"]: layer["figures"] for layer in result.report["layers"]}
+
+
+@matrix
+def test_evaluation_is_close_to_the_original(case: Case, runs: Any) -> None:
+    _, result = runs(case)
+    fidelity = result.report["evaluation"]["fidelity"]
+    assert 0 <= fidelity["kl_mean"] < 0.5
+    assert fidelity["kl_mean"] <= fidelity["kl_max"]
+    assert 0 < fidelity["top1_agreement"] <= 1
+
+
+@matrix
+def test_result_can_be_compressed_again(case: Case, runs: Any, text: Path, tmp_path: Path) -> None:
+    _, result = runs(case)
+    again = run(recipe_for(result.folder, [{"rtn": {"bits": 8, "group_size": -1}}], text), tmp_path / "again")
+    fidelity = again.report["evaluation"]["fidelity"]  # to the compressed model that it was made from
+    assert fidelity["kl_mean"] < 0.05
+    assert again.plan.layers.keys() >= {n for n in result.plan.layers if n != "lm_head"}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.finer], ids=str)
+def test_finer_settings_lose_less(case: Case, runs: Any, text: Path, tmp_path: Path) -> None:
+    source, result = runs(case)
+    finer = run(recipe_for(source, case.finer, text), tmp_path / "finer")
+    assert finer.plan.bytes_after > result.plan.bytes_after
+    assert finer.report["evaluation"]["fidelity"]["kl_mean"] < result.report["evaluation"]["fidelity"]["kl_mean"]
