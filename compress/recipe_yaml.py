@@ -74,7 +74,9 @@ def _problem(error: yaml.YAMLError) -> str:
     text = " ".join(str(problem).split())
     if "cannot start any token" in text:
         text += " (quote values that begin with a special sign)"
-    return text if "alias" not in text else f"{text} (quote patterns that begin with '*')"
+    if "alias" in f"{text} {getattr(error, 'context', None)}":
+        text += " (quote patterns that begin with '*')"
+    return text
 
 
 def assign(written: Any, dotted: str, value: Any, source: str) -> Any:
