@@ -4,17 +4,17 @@ GPTQ needs U, upper triangular, with
 
     (H + damping I)^-1 = U^T U
 
-The original forms the inverse and factors it: n^3/3 + 2n^3/3 + n^3/3 operations, three chances to fail. With J the matrix
-that reverses the order of rows, and the ordinary Cholesky factor J H J = L L^T:
+The original forms the inverse and factors it: three steps of n^3/3 to 2n^3/3 operations, three chances to fail. With J
+the matrix that reverses the order of rows, and the ordinary Cholesky factor J H J = L L^T:
 
     H = (J L J) (J L J)^T,   J L J upper triangular,   hence   U = (J L J)^-1 = J L^-1 J
 
 one factorisation and one triangular inverse, n^3/3 each; the inverse of H never exists.
 
-A second moment of few tokens (tokens < n), or of repeated ones, is singular: damping makes it definite, rounding may undo
-that. Ladder, from mild to coarse, always from the undamped matrix, never on top of the last attempt:
+A second moment of few tokens (tokens < n), or of repeated ones, is singular: damping makes it definite, rounding may
+undo that. Ladder, from mild to coarse, always from the undamped matrix, never on top of the last attempt:
 
-    1. damping = fraction * mean(diag H), with the fraction asked for; in float32, then in float64, which mends most failures
+    1. damping = fraction * mean(diag H), with the fraction asked for; in float32, then float64: it mends most failures
     2. the fraction 0.01, 0.02, ... larger, while below 1; each in float32, then float64
     3. a floor of 1e-6 * max |diag H| besides, times 10 for up to 6 attempts; 1 and 2 again for each
 """
@@ -76,7 +76,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
             if torch.isfinite(upper).all():
                 return InverseFactor(upper, added, fraction + floor / mean, precision, n_attempts)
     raise NumericsError(
-        f"the second moment of the inputs could not be factored in {n_attempts} attempts, up to damping {fraction:.2f}; "
+        f"the second moment of the inputs could not be factored in {n_attempts} attempts, up to damping {added:.3g}; "
         f"calibrate on more, and more varied, tokens"
     )
 

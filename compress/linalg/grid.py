@@ -5,17 +5,18 @@
 
 One scale and zero point per row and group of `group_size` neighbouring columns.
 
-symmetric:   the range is [-a, a] with a = max |w|, scale = 2a / (2^bits - 1), zero_point = 2^(bits-1) for all. The range is
-             2^bits - 1 steps wide, so its ends lie half a step outside the codes -2^(b-1) .. 2^(b-1)-1: both +a and -a are
-             half a step off at worst. The alternative, scale = a / (2^(b-1) - 1), has a on the grid but spends a code of
-             2^bits on the sign and widens every step (7 % at 4 bits, 33 % at 3, 50 % more at 2); we keep the full range, as
-             the original GPTQ code, llm-compressor and GPTQModel do. Where a row has no negative weight the original keeps
-             [0, a] but not its zero point, and clips the upper half of the row away; here the range is [-a, a] always.
-asymmetric:  the range is [min(0, min w), max(0, max w)], scale = range / (2^bits - 1), zero_point = round(-min / scale), an
-             integer within 0 .. 2^bits - 1: zero is on every grid, hence a pruned weight stays exactly zero.
+symmetric   The range is [-a, a] with a = max |w|, scale = 2a / (2^bits - 1), zero_point = 2^(bits-1) for all. It is
+            2^bits - 1 steps wide, its ends lie half a step outside the codes -2^(b-1) .. 2^(b-1)-1: +a and -a are half
+            a step off at worst. The alternative, scale = a / (2^(b-1) - 1), puts a on the grid, but leaves one code of
+            2^bits unused and widens every step: by 7 % at 4 bits, 17 % at 3, 50 % at 2. We keep the full range of the
+            original GPTQ code. Where a group has no negative weight, that code takes [0, a] for the range but not for
+            the zero point, and clips the upper half of the weights away; here the range is [-a, a] always.
+asymmetric  The range is [min(0, min w), max(0, max w)], scale = range / (2^bits - 1), zero_point = round(-min / scale),
+            an integer within 0 .. 2^bits - 1. Zero is on every grid, hence a pruned weight stays exactly zero.
 
-Clip search ("mse"): shrink the range to p = 1, 0.99, ... 0.21 of itself and keep the p with the least sum |w' - w|^2.4.
-The exponent is the original GPTQ code's: between the squared error, which ignores the few large weights, and the maximum.
+Clip search ("mse"): shrink the range to p = 1, 0.99, ... 0.21 of itself and keep the p with the least sum of
+|w' - w|^2.4. The exponent is the original code's: between the square, which gives up the few large weights too easily,
+and the maximum.
 
 The scale is rounded to the dtype it is stored in *before* codes are chosen, so that what is stored is what was used.
 
@@ -59,8 +60,8 @@ class GridRule:
 
 @dataclass(frozen=True)
 class Grid:
-    """Grids of a matrix: `scale` [rows, groups] in the stored dtype, `zero_point` [rows, groups] int32 or None where all
-    are 2^(bits-1)."""
+    """Grids of a matrix: `scale` [rows, groups] in the stored dtype; `zero_point` [rows, groups] int32, or None where
+    all are 2^(bits-1)."""
 
     bits: int
     scale: Tensor
@@ -122,8 +123,8 @@ def fit_range(values: Tensor, rule: GridRule) -> tuple[Tensor, Tensor | None]:
     Args:
         values: [..., n], float32.
 
-    Returns: scale [...], float32 but exactly representable in `rule.scale_dtype`; zero point [...], float32 integers, or
-    None if symmetric. A slice of zeros gets the range [-1, 1].
+    Returns: scale [...], float32 but representable in `rule.scale_dtype`; zero point [...], integers in float32,
+    or None if symmetric. A slice of zeros gets the range [-1, 1].
     Raises: NumericsError if a scale is not finite in the stored dtype.
     """
     low, high = values.amin(-1).clamp_(max=0), values.amax(-1).clamp_(min=0)  # the range contains 0
@@ -140,8 +141,8 @@ def fit_range(values: Tensor, rule: GridRule) -> tuple[Tensor, Tensor | None]:
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` > 0 rounded to `dtype`, in float32, never 0.
 
-    float16 has few bits left below its smallest normal number 2^-14, which 8-bit scales do reach: those are rounded up, so
-    that no weight is clipped, and never below 2^-24. In other dtypes the smallest normal number is the least.
+    float16 has few bits left below its smallest normal number 2^-14, which 8-bit scales do reach: those are rounded up,
+    so that no weight is clipped, to 2^-24 at least. In other dtypes the smallest normal number is the least.
     """
     if dtype == torch.float16:
         tiny, step = torch.finfo(dtype).tiny, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps

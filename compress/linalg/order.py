@@ -1,9 +1,9 @@
-"""The order in which GPTQ visits columns. Early columns are rounded as they are, later ones absorb the error of all before
-them, so the columns with the largest inputs should come early.
+"""The order in which GPTQ visits columns. Early columns are rounded as they are, later ones take up the error of all
+before them, so the columns with the largest inputs should come early.
 
-    act-order   all columns by diag(H), largest first ("desc_act")
-    group-aware columns by diag(H) within their group, then groups by their largest diag(H): groups stay whole, so scales
-                can be fitted on the columns as updated so far and nothing but the scales has to be put back in place
+    act-order    all columns by diag(H), largest first ("desc_act")
+    group-aware  columns by diag(H) within their group, then groups by their largest diag(H). Groups stay whole, so that
+                 grids can also be fitted on the columns as updated so far
 
 An order is a permutation `order[new] = old` [n], int64. Ties keep their order.
 Source: act-order, the GPTQ code; group-aware, arXiv:2505.14638.

@@ -3,8 +3,9 @@
     minimises |w' - w| for each weight by itself
 
 It needs no data and takes seconds. It is optimal where no two weights meet in one output, as in an embedding: a lookup
-returns one row as it stands, so there is no error of one column that another could make good. In a linear layer GPTQ does
-better with the same grid and the same bytes; RTN is its floor, and what it falls back to for a layer without inputs.
+returns one row as it stands, so there is no error of one column that another could make good. In a linear layer GPTQ
+does better with the same grid and the same bytes; RTN is its floor, and what it falls back to for a layer without
+inputs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from compress.calibration.statistics import SiteStatistics
 from compress.errors import NumericsError, RecipeError
 from compress.linalg.grid import Grid, GridRule, fit_grid
 from compress.methods.base import Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
-from compress.modules.quantized import QuantizedEmbedding, QuantizedLinear
+from compress.modules.quantized import QuantizedModule
 from compress.modules.quantized_spec import QuantizedSpec
 
 
@@ -99,11 +100,10 @@ def quantized_spec(shape: LayerShape, config: RTNConfig) -> QuantizedSpec:
     )
 
 
-def quantized_module(layer: Layer, codes: Tensor, grid: Grid) -> QuantizedLinear | QuantizedEmbedding:
+def quantized_module(layer: Layer, codes: Tensor, grid: Grid) -> QuantizedModule:
     """The module that holds codes uint8 [out_features, in_features] on `grid`."""
     spec = quantized_spec(layer.shape, layer.config)
-    module = QuantizedEmbedding if layer.kind == "embedding" else QuantizedLinear
-    return module.from_codes(codes, grid.scale, grid.zero_point, spec, layer.bias)
+    return QuantizedModule.from_codes(codes, grid.scale, grid.zero_point, spec, layer.bias)
 
 
 def check_weight(layer: Layer) -> None:

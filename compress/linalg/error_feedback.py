@@ -1,0 +1,156 @@
+"""Rounding with error feedback: column by column, the columns not yet rounded make good the error of those that are.
+
+With U from H_d^-1 = U^T U, upper triangular (compress/linalg/cholesky.py), for each column i in order:
+
+    q_i = nearest grid value of w_i;   r_i = w_i - q_i
+    w_j -= r_i U[i, j] / U[i, i]       for all j > i
+
+and at the end  tr((W - Q) H_d (W - Q)^T) = sum_i |r_i|^2 / U[i, i]^2,  the loss, for nothing.
+
+Fast, in a loop of Python over columns, because W is worked on transposed, so that a column is a contiguous row; because
+r_i replaces w_i in place; and because an update stays within LEAF columns first, then within `block_size`, and reaches
+the rest of the matrix as one product per block ("lazy batch updates" in the paper). Where an update happens changes
+nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.linalg.grid import Grid, GridRule, fit_grid
+from compress.linalg.order import inverse_order
+
+LEAF = 16  # columns updated one by one: 16 columns of 8192 rows in float32 stay in a core's L2 cache
+GRID_WINDOW = 128  # columns whose grids are fitted together when grids follow the updates; GPTQ code, its block size
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """`codes` uint8 [rows, in] on `grid`; `loss` [rows], the rows' share of tr((W - Q) H_d (W - Q)^T)."""
+
+    codes: Tensor
+    grid: Grid
+    loss: Tensor
+
+
+def round_columns(
+    weight: Tensor,
+    upper: Tensor,
+    rule: GridRule,
+    group_size: int = -1,
+    order: Tensor | None = None,
+    static_groups: bool = True,
+    block_size: int = 128,
+    feedback: Tensor | None = None,
+) -> Rounded:
+    """Round `weight` with error feedback.
+
+    Args:
+        weight: [rows, in], float32, in natural order.
+        upper: U [in, in], for H with rows and columns in `order`.
+        rule: how grids are fitted.
+        group_size: columns that share a grid; divides `in`. -1: all.
+        order: [in], `order[new] = old`; None is the natural order.
+        static_groups: fit all grids on `weight` as given. Else on columns as updated so far, GRID_WINDOW (or one group)
+            at a time; this needs groups whole in `order`.
+        block_size: columns between updates of the whole matrix.
+        feedback: P [in, in] in `order`: each column, before it is rounded, adds w_i P[i, j] to the later ones (GPTAQ).
+
+    Returns: codes, grid and loss, in natural order.
+    """
+    n = weight.shape[1]
+    group_size = n if group_size == -1 else group_size
+    columns = torch.arange(n, device=weight.device) if order is None else order
+    group_of = (columns // group_size).tolist()
+    work = weight.T.index_select(0, columns)  # [in, rows], contiguous
+    updates = [(upper / -upper.diagonal().unsqueeze(1), work)]  # w_j += coefficient[i, j] source[i]
+    if feedback is not None:
+        updates.append((feedback, torch.empty_like(work)))
+    grids = _Grids(weight, group_size, rule)
+    if static_groups:
+        grids.fit(slice(None), weight)
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+
+    for left, right in _cuts(0, n, n if static_groups else max(GRID_WINDOW // group_size, 1) * group_size):
+        if not static_groups:
+            grids.fit(group_of[left:right:group_size], work[left:right].T)
+        for start, stop in _cuts(left, right, block_size):
+            for first, last in _cuts(start, stop, LEAF):
+                codes[first:last] = _round_leaf(updates, grids, group_of, first, last)
+                _propagate(updates, first, last, stop)
+            _propagate(updates, start, stop, n)
+
+    loss = work.div_(upper.diagonal().unsqueeze(1)).square_().sum(0)
+    natural = codes.T if order is None else codes[inverse_order(order)].T
+    return Rounded(natural.contiguous(), grids.result(), loss)
+
+
+Updates = list[
+    tuple[Tensor, Tensor]
+]  # coefficients [in, in] and sources [in, rows]; the first source is the work itself
+
+
+def _round_leaf(updates: Updates, grids: _Grids, group_of: list[int], first: int, last: int) -> Tensor:
+    """Round columns first .. last-1 one after the other; they end as residuals. Returns their codes [columns, rows]."""
+    work = updates[0][1]
+    steps = torch.empty_like(work[first:last])  # code - zero_point
+    for i, step in zip(range(first, last), steps.unbind(0), strict=True):
+        column = work[i]
+        for _, source in updates[1:]:
+            source[i] = column
+        grids.round(column, group_of[i], out=step)
+        column.addcmul_(step, grids.scale[group_of[i]], value=-1)
+        if i + 1 < last:
+            for coefficient, source in updates:
+                work[i + 1 : last].addr_(coefficient[i, i + 1 : last], source[i])
+    return steps.add_(grids.zeros(group_of[first:last]))
+
+
+def _propagate(updates: Updates, first: int, last: int, stop: int) -> None:
+    """What columns first .. last-1 do to columns last .. stop-1."""
+    work = updates[0][1]
+    if last < stop:
+        for coefficient, source in updates:
+            work[last:stop].addmm_(coefficient[first:last, last:stop].T, source[first:last])
+
+
+def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut start .. stop into pieces of `size`, the last one shorter."""
+    for left in range(start, stop, size):
+        yield left, min(left + size, stop)
+
+
+class _Grids:
+    """The grids of a column loop, transposed like its columns: `scale` and `zero_point` [groups, rows]."""
+
+    def __init__(self, weight: Tensor, group_size: int, rule: GridRule):
+        self.rule, self.group_size = rule, group_size
+        self.scale = torch.empty(weight.shape[1] // group_size, weight.shape[0], device=weight.device)
+        self.zero_point = None if rule.symmetric else torch.empty_like(self.scale)
+
+    def fit(self, groups: list[int] | slice, weight: Tensor) -> None:
+        """Fit the grids of `groups` to their columns [rows, groups * group_size]."""
+        grid = fit_grid(weight, self.group_size, self.rule)
+        self.scale[groups] = grid.scale.float().T
+        if self.zero_point is not None and grid.zero_point is not None:
+            self.zero_point[groups] = grid.zero_point.float().T
+
+    def round(self, column: Tensor, group: int, out: Tensor) -> None:
+        """Steps from zero to the grid value nearest to each entry of `column` [rows]."""
+        torch.div(column, self.scale[group], out=out).round_()
+        if self.zero_point is None:
+            out.clamp_(-self.rule.middle, self.rule.max_code - self.rule.middle)
+        else:
+            zero = self.zero_point[group]
+            torch.clamp(out, min=-zero, max=self.rule.max_code - zero, out=out)
+
+    def zeros(self, groups: list[int]) -> Tensor | int:
+        return self.rule.middle if self.zero_point is None else self.zero_point[groups]
+
+    def result(self) -> Grid:
+        zero_point = None if self.zero_point is None else self.zero_point.T.contiguous().int()
+        return Grid(self.rule.bits, self.scale.T.contiguous().to(self.rule.scale_dtype), zero_point)
