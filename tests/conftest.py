@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def root() -> Path:
 def shared(request: pytest.FixtureRequest) -> Path:
     """The folder of models and texts that are too large for the repository; `shared/models`, `shared/data`."""
     if not SHARED.is_dir():
-        pytest.skip(f"no folder {SHARED} with models and texts (set COMPRESS_SHARED): not run: {request.node.nodeid or 'this'}")
+        pytest.skip(
+            f"no folder {SHARED} with models and texts (set COMPRESS_SHARED): not run: {request.node.nodeid or 'this'}"
+        )
     return SHARED
 
 
@@ -43,3 +46,14 @@ def shipped_tokenizer(shipped_model: Path):
     from compress.calibration.data import load_tokenizer
 
     return load_tokenizer(shipped_model)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with 4000 words of twelve, in seeded random order."""
+    picks = random.Random(0)
+    words = ["stone", "river", "under", "the", "old", "a", "bridge", "went", "slowly", "light", "and", "never"]
+    paragraphs = [" ".join(picks.choice(words) for _ in range(80)) for _ in range(50)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join(paragraphs))
+    return file

@@ -188,7 +188,9 @@ def test_the_hash_is_of_what_describes_the_result(change, same):
 
 def test_the_hash_does_not_change_when_a_default_is_written_out_or_between_processes():
     plain = Recipe.from_dict({"model": "x", "steps": [{"rtn": {}}]})
-    spelled = Recipe.from_dict({"model": "x", "steps": [{"rtn": {"bits": 4}}], "seed": 0, "calibration": {"samples": 128}})
+    spelled = Recipe.from_dict(
+        {"model": "x", "steps": [{"rtn": {"bits": 4}}], "seed": 0, "calibration": {"samples": 128}}
+    )
     assert plain.hash() == spelled.hash()
     code = "from compress.recipe import Recipe; print(Recipe.load('demo').hash())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == Recipe.load("demo").hash()
