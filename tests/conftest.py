@@ -1,4 +1,4 @@
-"""What tests share: threads held down, no network, and the folders of models and texts that lie outside the repository."""
+"""What tests share: threads held down, no network, and the models and texts that lie outside the repository."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared(request: pytest.FixtureRequest) -> Path:
-    """The folder of models and texts that are too large for the repository; `shared/models`, `shared/data`."""
+def shared() -> Path:
+    """The folder of models and texts that are too large for the repository: `models/`, `data/`."""
     if not SHARED.is_dir():
-        pytest.skip(
-            f"no folder {SHARED} with models and texts (set COMPRESS_SHARED): not run: {request.node.nodeid or 'this'}"
-        )
+        pytest.skip(f"needs models and texts from {SHARED}, which is not there; name the folder in COMPRESS_SHARED")
     return SHARED
 
 
