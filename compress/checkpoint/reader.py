@@ -41,7 +41,9 @@ class CheckpointReader:
     def info(self, name: str) -> TensorInfo:
         """Raises: CheckpointError if the checkpoint has no tensor of this name."""
         if name not in self.infos:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing; the checkpoint does not fit its config.json")
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} is missing; the checkpoint does not fit its config.json"
+            )
         return self.infos[name]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -53,7 +55,12 @@ class CheckpointReader:
     def read_rows(self, name: str, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The given rows (a sorted 1-D int tensor) of a matrix, without reading the rest."""
         info = self.info(name)
-        row_bytes = info.nbytes // info.shape[0]
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < info.shape[0]:
+            raise CheckpointError(
+                f"{info.file}: row {int(rows.max())} of {name} is wanted, which has {info.shape[0]} rows; the weights do not fit "
+                f"their config.json or their tokenizer"
+            )
+        row_bytes = info.nbytes // max(info.shape[0], 1)
         out = torch.empty((len(rows), *info.shape[1:]), dtype=dtype or TORCH_DTYPES[info.dtype])
         first = 0
         for begin, end in _runs(rows.tolist()):
@@ -86,7 +93,12 @@ class CheckpointReader:
         descriptor = self._open(info.file)
         done = 0
         while done < nbytes:
-            n = os.preadv(descriptor, [view[done:]], info.offset + begin + done)
+            try:
+                n = os.preadv(descriptor, [view[done:]], info.offset + begin + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name} cannot be read: {error.strerror}; check the disk or fetch the file again"
+                ) from None
             if n == 0:
                 raise CheckpointError(f"{info.file}: ends inside tensor {info.name}; the file was cut: fetch it again")
             done += n
@@ -97,7 +109,7 @@ class CheckpointReader:
             try:
                 self._files[file] = os.open(file, os.O_RDONLY)
             except OSError as error:
-                raise CheckpointError(f"{file}: cannot be opened: {error.strerror}") from None
+                raise CheckpointError(f"{file}: cannot be opened: {error.strerror}; check the file") from None
         return self._files[file]
 
 

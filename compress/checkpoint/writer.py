@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -20,11 +20,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint.reader import COPY_CHUNK, SAFETENSORS_DTYPES, CheckpointReader
-from compress.errors import CheckpointError
+from compress.checkpoint.reader import COPY_CHUNK, SAFETENSORS_DTYPES, TORCH_DTYPES, CheckpointReader
+from compress.errors import CheckpointError, NumericsError
 from compress.modules.spec import DTYPE_BYTES
 
 PARTIAL = ".partial"  # suffix of files that are still being written
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,36 @@ def from_tensor(tensor: Tensor) -> Stored:
 
 
 def from_source(reader: CheckpointReader, name: str, dtype: torch.dtype | None = None) -> Stored:
-    """A tensor of another checkpoint, copied byte by byte, or cast to `dtype` if it is a float of another one."""
+    """A tensor of another checkpoint, copied byte by byte, or cast to `dtype` if it is a float of another one.
+
+    Its pieces raise CheckpointError if it holds NaN or infinity, and NumericsError if only the cast makes them.
+    """
     info = reader.info(name)
-    is_float = info.dtype in ("F64", "F32", "F16", "BF16")
-    if dtype is None or not is_float or SAFETENSORS_DTYPES[dtype] == info.dtype:
-        return Stored(info.dtype, info.shape, lambda: reader.chunks(name))
-    return Stored(SAFETENSORS_DTYPES[dtype], info.shape, lambda: from_tensor(reader.read(name, dtype)).pieces())
+    if dtype is None or info.dtype not in FLOATS or SAFETENSORS_DTYPES[dtype] == info.dtype:
+        return Stored(info.dtype, info.shape, lambda: finite_chunks(reader, name))
+
+    def cast() -> Iterable[Any]:
+        for chunk in finite_chunks(reader, name):
+            tensor = torch.frombuffer(chunk, dtype=TORCH_DTYPES[info.dtype]).to(dtype)
+            if not torch.isfinite(tensor).all():
+                raise NumericsError(
+                    f"{info.file}: tensor {name} has values beyond the range of {str(dtype).removeprefix('torch.')}; use "
+                    f"--set model.dtype=bfloat16 or model.dtype=auto"
+                )
+            yield from from_tensor(tensor).pieces()
+
+    return Stored(SAFETENSORS_DTYPES[dtype], info.shape, cast)
+
+
+def finite_chunks(reader: CheckpointReader, name: str) -> Iterator[memoryview]:
+    """The stored bytes of a tensor, piece by piece. Raises: CheckpointError if it is a float with NaN or infinity in it."""
+    info = reader.info(name)
+    for chunk in reader.chunks(name):
+        if info.dtype in FLOATS and not torch.isfinite(torch.frombuffer(chunk, dtype=TORCH_DTYPES[info.dtype])).all():
+            raise CheckpointError(
+                f"{info.file}: tensor {name} holds NaN or infinity; the checkpoint is damaged: fetch it again"
+            )
+        yield chunk
 
 
 def write_safetensors(path: Path, tensors: dict[str, Stored]) -> int:
@@ -72,7 +97,11 @@ def write_safetensors(path: Path, tensors: dict[str, Stored]) -> int:
     offset = 0
     for name in names:
         stored = tensors[name]
-        header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [offset, offset + stored.nbytes]}
+        header[name] = {
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "data_offsets": [offset, offset + stored.nbytes],
+        }
         offset += stored.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

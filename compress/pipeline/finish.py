@@ -6,9 +6,8 @@ Until config.json is there no loader takes the folder for a model, so nothing un
 from __future__ import annotations
 
 import fnmatch
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,13 +17,14 @@ from compress.checkpoint.headers import read_header, read_json
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.source import SIDE_FILES
 from compress.checkpoint.stream import StreamedModel
-from compress.checkpoint.writer import write_json, write_text, writing
+from compress.checkpoint.writer import replace_file, write_json, write_text, writing
 from compress.errors import CheckpointError
 from compress.pipeline.card import model_card
 from compress.pipeline.plan import OWN, Plan
 from compress.pipeline.stage import n_shards, shard_name
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+TEMPLATES = "additional_chat_templates"
 LOGIT_CHECK_TOKENS = 256  # of the probe batch, through the whole finished model
 
 
@@ -43,7 +43,9 @@ def finished_config(plan: Plan, source: Path) -> dict[str, Any]:
     return config
 
 
-def check_logits(plan: Plan, config: dict[str, Any], out: Path, ids: Tensor, hidden: Tensor, stage_model: StreamedModel) -> None:
+def check_logits(
+    plan: Plan, config: dict[str, Any], out: Path, ids: Tensor, hidden: Tensor, stage_model: StreamedModel
+) -> None:
     """Stream the probe through the finished files and compare with where the pass itself had arrived.
 
     Args:
@@ -71,7 +73,9 @@ def check_logits(plan: Plan, config: dict[str, Any], out: Path, ids: Tensor, hid
         head = plan.architecture.head.linears[0]
         same_logits = bool(torch.isfinite(logits).all())
         if head not in plan.layers:
-            expected = stage_model.logits(stage_model.final_norm(hidden.to(stage_model.device))[:1, :LOGIT_CHECK_TOKENS])
+            expected = stage_model.logits(
+                stage_model.final_norm(hidden.to(stage_model.device))[:1, :LOGIT_CHECK_TOKENS]
+            )
             same_logits = same_logits and torch.equal(logits, expected)
     (work / "config.json").unlink()
     if not same_hidden or not same_logits:
@@ -90,27 +94,46 @@ def write_index(plan: Plan, out: Path) -> None:
         for name, info in read_header(out / file).items():
             weight_map[name] = file
             total += info.nbytes
-    stem = "compress" if plan.format == OWN else "model"
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(out / f"{stem}.safetensors.index.json", index)
+    write_json(out / index_name(plan), index)
 
 
-def copy_side_files(source: Path, out: Path) -> None:
+def result_files(plan: Plan, source: Path) -> list[str]:
+    """Every file of the finished folder, but the report."""
+    shards = [shard_name(plan, number) for number in range(n_shards(plan))]
+    return sorted([*shards, index_name(plan), *side_files(source), "recipe.yaml", "README.md", "config.json"])
+
+
+def index_name(plan: Plan) -> str:
+    return f"{'compress' if plan.format == OWN else 'model'}.safetensors.index.json"
+
+
+def side_files(source: Path) -> list[str]:
     """Tokenizer, chat template, generation config, licence: everything beside the weights that belongs to the model."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in SIDE_FILES):
-            with writing(out / file.name):
-                shutil.copyfile(file, out / file.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        with writing(out / templates.name):
-            shutil.copytree(templates, out / templates.name, dirs_exist_ok=True)
+    named = [f.name for f in source.iterdir() if any(fnmatch.fnmatch(f.name, p) for p in SIDE_FILES) and f.is_file()]
+    return sorted([*named, *(f"{TEMPLATES}/{f.name}" for f in (source / TEMPLATES).glob("*") if f.is_file())])
+
+
+def copy_file(file: Path, copy: Path) -> None:
+    """Copy durably and atomically. Raises: CheckpointError as `replace_file`, or naming `file` if it cannot be read."""
+
+    def write(stream: IO[bytes]) -> None:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}; fetch the model again") from None
+        stream.write(content)
+
+    with writing(copy):
+        copy.parent.mkdir(exist_ok=True)
+    replace_file(copy, write)
 
 
 def finish(plan: Plan, source: Path, out: Path, config: dict[str, Any]) -> None:
     """Write everything beside the shards; config.json last."""
     write_index(plan, out)
-    copy_side_files(source, out)
+    for name in side_files(source):
+        copy_file(source / name, out / name)
     write_text(out / "recipe.yaml", plan.recipe.to_yaml())
     write_text(out / "README.md", model_card(plan))
     write_json(out / "config.json", config)

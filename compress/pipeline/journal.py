@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Any
 
 from compress.checkpoint.writer import replace_file, writing
 from compress.errors import CheckpointError, RecipeError
+from compress.pipeline.output import WORK_FOLDER, discard
 
-WORK_FOLDER = ".compress"
 JOURNAL = "journal.jsonl"
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,21 @@ class Journal:
         """Finished blocks of a stage, by number."""
         return {entry.block: entry for entry in self.entries if entry.stage == stage}
 
+    def trusted(self, stage: int, parts: Iterable[int], note: Callable[[str], None]) -> dict[int, BlockEntry]:
+        """The finished ones among `parts` whose shards are what the journal says, up to the first that is not."""
+        finished = self.finished(stage)
+        trusted: dict[int, BlockEntry] = {}
+        for part in parts:
+            entry = finished.get(part)
+            if entry is None:
+                break
+            file = self.folder / entry.file
+            if not file.is_file() or file.stat().st_size != entry.nbytes or sha256_of(file) != entry.sha256:
+                note(f"{file}: not as the journal knows it; compressing again from there")
+                break
+            trusted[part] = entry
+        return trusted
+
     def add(self, entry: BlockEntry) -> None:
         """Note a block as finished. Its shard must be on disk already."""
         self.entries.append(entry)
@@ -62,37 +78,46 @@ class Journal:
 
 
 def open_journal(folder: Path, header: dict[str, Any]) -> Journal:
-    """The journal of `folder`, new or continued.
+    """The journal of `folder`, new or continued. What was begun there without finishing a block is discarded.
 
     Args:
         header: identifies the work; a journal with another header is not continued.
 
-    Raises: RecipeError if the folder was begun with other settings, saying which differ and what to do.
+    Raises: RecipeError if blocks were finished with other settings, saying which differ and what to do.
     """
     work = folder / WORK_FOLDER
-    path = work / JOURNAL
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        lines = _whole_lines(path)
-        if lines:
-            _refuse_other_work(folder, lines[0], header)
-            journal = Journal(folder, header, [BlockEntry(**line) for line in lines[1:]])
-            _rewrite(journal)  # drops a torn last line, so that the next one does not continue it
-            return journal
-    journal = Journal(folder, header, [])
-    _rewrite(journal)
+    found, entries = _read(work / JOURNAL)
+    if entries:
+        _refuse_other_work(folder, found, header)
+    else:
+        discard(folder)
+    journal = Journal(folder, header, entries)
+    _rewrite(journal)  # drops a torn last line, so that the next one does not continue it
     return journal
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+def _read(path: Path) -> tuple[dict[str, Any], list[BlockEntry]]:
+    """Header and whole entries; what follows a line that is not whole is not believed."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return {}, []
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; start again with --overwrite") from None
+    header: dict[str, Any] = {}
+    entries = []
+    for number, line in enumerate(lines):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            content = json.loads(line)
+            if number == 0:
+                header = dict(content)
+            else:
+                entries.append(BlockEntry(**content))
+        except (ValueError, TypeError):
             break
-    return lines
+    return header, entries
 
 
 def _rewrite(journal: Journal) -> None:
@@ -113,24 +138,66 @@ def _refuse_other_work(folder: Path, found: dict[str, Any], wanted: dict[str, An
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process. Raises: CheckpointError if another run holds it."""
-    work = folder / WORK_FOLDER
-    with writing(work):
-        work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _lock(folder)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{folder}: another run is working on it; wait for it or choose another --out") from None
         yield
     finally:
         os.close(descriptor)
 
 
+def check_free(folder: Path) -> None:
+    """Raises: CheckpointError if another run holds `folder`. Changes nothing there."""
+    try:
+        descriptor = os.open(folder / WORK_FOLDER / LOCK, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        _flock(descriptor, fcntl.LOCK_SH, folder)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    work = folder / WORK_FOLDER
+    while True:
+        with writing(work):
+            work.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _flock(descriptor, fcntl.LOCK_EX, folder)
+            if _same_file(descriptor, work / LOCK):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the run that held it finished and took the file away: lock the new one
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _flock(descriptor: int, kind: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"{folder}: another run is working on it; wait for it or choose another --out") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be locked: {error.strerror}; choose an --out on another file system"
+        ) from None
+
+
 def sha256_of(path: Path) -> str:
     """Checksum of a file, read in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while piece := stream.read(2**24):
-            digest.update(piece)
+    try:
+        with open(path, "rb") as stream:
+            while piece := stream.read(2**24):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read back: {error.strerror}; choose another --out") from None
     return digest.hexdigest()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.description import modules_of, standard_holds
@@ -106,7 +105,8 @@ class Plan:
             "family": self.architecture.family,
             "n_blocks": self.architecture.n_blocks,
             "stages": [
-                [{"step": s.number, "method": s.method.name, "layers": len(s.configs)} for s in stage] for stage in self.stages
+                [{"step": s.number, "method": s.method.name, "layers": len(s.configs)} for s in stage]
+                for stage in self.stages
             ],
             "format": self.format,
             "format_reason": self.format_reason,
@@ -143,13 +143,13 @@ def plan(recipe: Recipe) -> Plan:
     check_source(source, architecture, source_specs)
     float_dtype = FLOAT_DTYPES.get(recipe.model.dtype) or stored_float_dtype(source)
     weights = _weights(source, architecture, source_specs)
-    steps = tuple(
-        _plan_step(number, step, architecture, weights, source) for number, step in enumerate(recipe.steps)
-    )
+    steps = tuple(_plan_step(number, step, architecture, weights, source) for number, step in enumerate(recipe.steps))
     layers = _plan_layers(steps, architecture, weights, source, source_specs, float_dtype)
     specs = {**source_specs, **{name: layer.spec for name, layer in layers.items()}}
     format_, reason = _choose_format(recipe.output.format, specs, architecture)
-    untied = architecture.tied and any(n in layers for n in (architecture.head.linears[0], architecture.embedding.linears[0]))
+    untied = architecture.tied and any(
+        n in layers for n in (architecture.head.linears[0], architecture.embedding.linears[0])
+    )
     total_before = sum(info.nbytes for info in source.infos.values())
     total_after = _bytes_after(source, architecture, source_specs, layers, float_dtype, untied)
     warnings = _warnings(layers, format_, untied)
@@ -194,7 +194,9 @@ def stored_float_dtype(source: Source) -> str:
     return max(sizes, key=lambda name: sizes[name]) if sizes else "F32"
 
 
-def _weights(source: Source, architecture: Architecture, specs: dict[str, ModuleSpec]) -> dict[str, tuple[Site, LayerShape]]:
+def _weights(
+    source: Source, architecture: Architecture, specs: dict[str, ModuleSpec]
+) -> dict[str, tuple[Site, LayerShape]]:
     """Site and shape [out, in] of every linear, the head and the token table."""
     from compress.methods.base import LayerShape
 
@@ -208,7 +210,9 @@ def _weights(source: Source, architecture: Architecture, specs: dict[str, Module
                 tied = site.kind == "head" and architecture.tied
                 shape = source.infos[f"{architecture.embedding.linears[0] if tied else name}.weight"].shape
                 if len(shape) != 2:
-                    raise CheckpointError(f"{source.name}: tensor {name}.weight has shape {shape}; a matrix is expected")
+                    raise CheckpointError(
+                        f"{source.name}: tensor {name}.weight has shape {shape}; a matrix is expected"
+                    )
                 flipped = architecture.transposed and site.kind not in ("head", "embedding")
                 out_features, in_features = reversed(shape) if flipped else shape
             kind = "embedding" if site.kind == "embedding" else "linear"
@@ -273,7 +277,9 @@ def _plan_layers(
 def _choose_format(wanted: str, specs: dict[str, ModuleSpec], architecture: Architecture) -> tuple[str, str]:
     obstacle = standard_holds(specs, architecture)
     if wanted == STANDARD and obstacle is not None:
-        raise RecipeError(f"output.format: compressed-tensors cannot hold this result: {obstacle}; use output.format=auto")
+        raise RecipeError(
+            f"output.format: compressed-tensors cannot hold this result: {obstacle}; use output.format=auto"
+        )
     if wanted == OWN:
         return OWN, "asked for by output.format"
     if obstacle is not None:
@@ -291,12 +297,16 @@ def _bytes_after(
 ) -> int:
     """Bytes of all tensors of the result."""
     kept = sum(
-        stored_bytes(info, float_dtype) for name, info in source.infos.items() if owner(name) not in layers or name.endswith(".bias")
+        stored_bytes(info, float_dtype)
+        for name, info in source.infos.items()
+        if owner(name) not in layers or name.endswith(".bias")
     )
     total = kept + sum(layer.bytes_after for layer in layers.values())
     head, table = architecture.head.linears[0], architecture.embedding.linears[0]
     if untied and not (head in layers and table in layers):
-        total += stored_bytes(source.infos[f"{table}.weight"], float_dtype) if head not in layers or table in layers else 0
+        total += (
+            stored_bytes(source.infos[f"{table}.weight"], float_dtype) if head not in layers or table in layers else 0
+        )
     return total
 
 
@@ -314,7 +324,9 @@ def owner(tensor_name: str) -> str:
 def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[str]:
     warnings = []
     if untied:
-        warnings.append("the head and the token table share one matrix in the source; they are stored apart, which adds bytes")
+        warnings.append(
+            "the head and the token table share one matrix in the source; they are stored apart, which adds bytes"
+        )
     if format_ == STANDARD and any(not getattr(layer.spec, "symmetric", True) for layer in layers.values()):
         warnings.append(
             "asymmetric grids: stock transformers loads the result only with "
@@ -357,13 +369,3 @@ def _check_length(field_name: str, length: int, architecture: Architecture) -> N
             f"{field_name}: {length} tokens, but the model has {architecture.max_positions} positions; "
             f"use --set {field_name}={architecture.max_positions}"
         )
-
-
-def check_output(folder: Path) -> None:
-    """Raises: RecipeError if `folder` holds something that no run of ours made."""
-    from compress.pipeline.journal import WORK_FOLDER
-
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"{folder}: is a file; choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / WORK_FOLDER).is_dir():
-        raise RecipeError(f"{folder}: is not empty and not made by compress; choose another --out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shutil
 from collections.abc import Callable
@@ -11,13 +12,13 @@ from typing import Any
 
 from compress.errors import CheckpointError, RecipeError
 from compress.pipeline.estimate import PROBE_TOKENS, available_memory
-from compress.pipeline.journal import WORK_FOLDER, folder_lock, open_journal
+from compress.pipeline.journal import Journal, check_free, folder_lock, open_journal
 from compress.pipeline.meter import Meter
-from compress.pipeline.plan import Plan, check_output, plan
+from compress.pipeline.output import CONFIG, REPORT, check_output, discard, finished_report, leave, note_files
+from compress.pipeline.plan import Plan, plan
 from compress.pipeline.progress import Progress, Silent
 from compress.recipe import Recipe
 
-REPORT = "compress_report.json"
 ACTIVATION_SHARE = 4  # a quarter of the available memory may hold activations; more goes to disk
 DISK_SLACK = 64 * 2**20
 
@@ -69,64 +70,84 @@ def run(
     meter = Meter()
     try:
         with meter.phase("plan"):
-            check_output(folder)
+            check_output(folder, recipe.model.path)
+            check_free(folder)
             planned = plan(recipe)
             check_room(planned, folder, progress)
         if on_plan is not None:
             on_plan(planned)
         with folder_lock(folder):
-            if overwrite:
-                _discard(folder)
-            return _run_locked(planned, folder, machine, progress, meter)
+            return _run_locked(planned, folder, machine, overwrite, progress, meter)
     finally:
         meter.stop()
 
 
-def _run_locked(planned: Plan, folder: Path, machine: Machine, progress: Progress, meter: Meter) -> RunResult:
-    from compress.checkpoint.headers import read_json
+def _run_locked(
+    planned: Plan, folder: Path, machine: Machine, overwrite: bool, progress: Progress, meter: Meter
+) -> RunResult:
+    from compress.pipeline.finish import result_files
 
     header = work_header(planned)
-    report_file = folder / REPORT
-    if report_file.exists():
-        report = read_json(report_file)
-        if report.get("work") != header:
-            raise RecipeError(
-                f"{folder}: holds the result of another run (recipe, model or version differ); choose another --out or "
-                f"discard it with --overwrite"
-            )
-        return RunResult(folder, planned, report, already_finished=True)
-    journal = open_journal(folder, header)
+    stored = None if overwrite else finished_report(folder, header)
+    if stored is not None:
+        leave(folder)
+        return RunResult(folder, planned, stored, already_finished=True)
     with meter.phase("fetch"):
         source = planned.source.fetch()
-    details: dict[str, Any] = {"layers": {}, "activities": {}}
-    if not (folder / "config.json").exists():
-        with meter.phase("compress"):
-            details = _compress(planned, source, folder, journal, machine, progress)
-    else:
-        details["layers"] = {name: figures for entry in journal.entries for name, figures in entry.layers.items()}
+    with meter.phase("compress"):
+        compute_place(planned, machine)  # all that can be refused is, before anything is discarded
+        batches = calibration_batches(planned, source)
+        if overwrite:
+            discard(folder)
+        journal = open_journal(folder, {**header, "calibration text": _fingerprint(batches)})
+        note_files(folder, result_files(planned, source))
+        details = _finished_details(planned, folder, journal, progress)
+        if details is None:
+            details = _compress(planned, source, folder, journal, batches, machine, progress)
+    details["calibration_tokens"] = sum(ids.numel() for ids in batches) if planned.needs_data else 0
     evaluation: dict[str, Any] = {}
     if planned.recipe.evaluation:
         from compress.evaluation.evaluate import evaluate_run
 
         with meter.phase("evaluate"):
             evaluation = evaluate_run(planned, source, folder, machine, progress)
-    report = build_report(planned, folder, header, details, evaluation, meter)
-    _write_report(report_file, report)
-    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    report = build_report(planned, folder, header, details, evaluation, meter, result_files(planned, source))
+    _write_report(folder / REPORT, report)
+    leave(folder)
     return RunResult(folder, planned, report)
 
 
+def _finished_details(planned: Plan, folder: Path, journal: Journal, progress: Progress) -> dict[str, Any] | None:
+    """What the journal knows of a model that was finished before the run was interrupted (in its evaluation); None if it
+    is not, or no longer, whole."""
+    from compress.pipeline.stage import part_numbers
+
+    config = folder / CONFIG
+    if not config.exists():
+        return None
+    parts = part_numbers(planned)
+    trusted = journal.trusted(len(planned.stages) - 1, parts, progress.note)
+    if len(trusted) < len(parts):
+        config.unlink()
+        return None
+    layers = {name: figures for entry in trusted.values() for name, figures in entry.layers.items()}
+    return {"layers": layers, "activities": {}, "replayed_blocks": 0}
+
+
 def _compress(
-    planned: Plan, source: Path, folder: Path, journal: Any, machine: Machine, progress: Progress
+    planned: Plan,
+    source: Path,
+    folder: Path,
+    journal: Journal,
+    batches: list[Any],
+    machine: Machine,
+    progress: Progress,
 ) -> dict[str, Any]:
     from compress.pipeline.finish import check_logits, finish, finished_config
     from compress.pipeline.stage import Stage
 
     device, dtype = compute_place(planned, machine)
-    batches = calibration_batches(planned, source)
-    stage = Stage(
-        planned, 0, source, folder, journal, batches, dtype, device, activation_limit(machine), progress
-    )
+    stage = Stage(planned, 0, source, folder, journal, batches, dtype, device, activation_limit(machine), progress)
     result = stage.run()
     progress.begin("check", 1, "model")
     config = finished_config(planned, source)
@@ -135,12 +156,15 @@ def _compress(
     finish(planned, source, folder, config)
     progress.end()
     stage.model.close()
-    return {
-        "layers": result.layers,
-        "activities": result.seconds,
-        "replayed_blocks": result.replayed_blocks,
-        "calibration_tokens": sum(ids.numel() for ids in batches) if planned.needs_data else 0,
-    }
+    return {"layers": result.layers, "activities": result.seconds, "replayed_blocks": result.replayed_blocks}
+
+
+def _fingerprint(batches: list[Any]) -> str:
+    """Checksum of the token ids."""
+    digest = hashlib.sha256()
+    for ids in batches:
+        digest.update(repr(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def calibration_batches(planned: Plan, source: Path) -> list[Any]:
@@ -151,7 +175,7 @@ def calibration_batches(planned: Plan, source: Path) -> list[Any]:
         generator = torch.Generator().manual_seed(planned.recipe.seed)
         length = min(PROBE_TOKENS, planned.architecture.max_positions or PROBE_TOKENS)
         return [torch.randint(planned.architecture.vocab_size, (1, length), generator=generator)]
-    from compress.calibration.data import load_tokens, load_tokenizer
+    from compress.calibration.data import load_tokenizer, load_tokens
 
     calibration = planned.recipe.calibration
     tokenizer = load_tokenizer(source, trust_remote_code=planned.recipe.model.trust_remote_code)
@@ -226,7 +250,6 @@ def check_room(planned: Plan, folder: Path, progress: Progress) -> None:
 
 def work_header(planned: Plan) -> dict[str, Any]:
     """What identifies a run: another header on the same folder is another run."""
-    import hashlib
     import json
 
     import torch
@@ -245,15 +268,23 @@ def work_header(planned: Plan) -> dict[str, Any]:
 
 
 def build_report(
-    planned: Plan, folder: Path, header: dict[str, Any], details: dict[str, Any], evaluation: dict[str, Any], meter: Meter
+    planned: Plan,
+    folder: Path,
+    header: dict[str, Any],
+    details: dict[str, Any],
+    evaluation: dict[str, Any],
+    meter: Meter,
+    names: list[str],
 ) -> dict[str, Any]:
-    """Everything that was planned and measured, for the table, for `--json` and for programs."""
-    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.is_file()}
+    """Everything that was planned and measured, for the table, for `--json` and for programs. `names`: our files."""
+    files = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
     weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
     content = planned.to_dict()
     for layer in content["layers"]:
         layer["figures"] = details["layers"].get(layer["name"], {})
-    source_bytes = sum(f.stat().st_size for f in planned.source.folder.iterdir()) if planned.source.folder else None
+    source_bytes = (
+        sum(f.stat().st_size for f in planned.source.folder.iterdir() if f.is_file()) if planned.source.folder else None
+    )
     return {
         "schema": 1,
         "work": header,
@@ -278,14 +309,3 @@ def _write_report(path: Path, report: dict[str, Any]) -> None:
     from compress.checkpoint.writer import write_json
 
     write_json(path, report)
-
-
-def _discard(folder: Path) -> None:
-    """Remove what a run of ours left, and nothing else."""
-    for file in folder.iterdir():
-        if file.name == WORK_FOLDER:
-            (file / "journal.jsonl").unlink(missing_ok=True)
-        elif file.is_file():
-            file.unlink()
-        else:
-            shutil.rmtree(file)

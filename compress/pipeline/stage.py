@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from compress.calibration.capture import BlockPass, Gate, OriginalStream, Place
 from compress.calibration.statistics import SiteStatistics, gather
-from compress.calibration.store import HiddenStates
+from compress.calibration.store import HiddenStates, ReadOnly
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from compress.checkpoint.stream import StreamedModel, load_module, rebuild_module, tensors_in
-from compress.checkpoint.writer import Stored, from_source, from_tensor, write_safetensors
+from compress.checkpoint.writer import Stored, finite_chunks, from_source, from_tensor, write_safetensors
 from compress.errors import CheckpointError, NumericsError
 from compress.methods.base import Layer, Outcome, SiteTask
 from compress.models.architecture import Site
@@ -59,6 +59,11 @@ def n_shards(plan: Plan) -> int:
     return plan.architecture.n_blocks + (2 if stores_head(plan) else 1)
 
 
+def part_numbers(plan: Plan) -> range:
+    """The parts of a finished stage, by their numbers in the journal."""
+    return range(ENTRY, ENTRY + n_shards(plan))
+
+
 def stores_head(plan: Plan) -> bool:
     """Whether the result holds tensors of a head of its own."""
     head = plan.architecture.head.linears[0]
@@ -88,7 +93,11 @@ class Stage:
         self.scratch = journal.path.parent
         self.float_dtype = TORCH_DTYPES[plan.float_dtype]
         self.model = StreamedModel(
-            source, compute_dtype, device, specs=plan.source_specs, trust_remote_code=plan.recipe.model.trust_remote_code
+            source,
+            compute_dtype,
+            device,
+            specs=plan.source_specs,
+            trust_remote_code=plan.recipe.model.trust_remote_code,
         )
         self.needs_original = any(step.needs_original for step in self.steps)
         self.watch = Stopwatch()
@@ -99,7 +108,7 @@ class Stage:
     @torch.no_grad()
     def run(self) -> StageResult:
         architecture = self.plan.architecture
-        finished = self._trusted_entries()
+        finished = self.journal.trusted(self.number, part_numbers(self.plan), self.progress.note)
         self.progress.begin("compress", architecture.n_blocks, "block")
         self._entry(finished.get(ENTRY))
         with self.watch("embed"):
@@ -123,21 +132,6 @@ class Stage:
             original.close()
         self.result.seconds = self.watch.seconds
         return self.result
-
-    def _trusted_entries(self) -> dict[int, BlockEntry]:
-        """Finished parts whose shards are what the journal says, up to the first that is not."""
-        finished = self.journal.finished(self.number)
-        trusted: dict[int, BlockEntry] = {}
-        for part in range(ENTRY, self.plan.architecture.n_blocks + 1):
-            entry = finished.get(part)
-            if entry is None:
-                break
-            file = self.out / entry.file
-            if not file.is_file() or file.stat().st_size != entry.nbytes or sha256_of(file) != entry.sha256:
-                self.progress.note(f"{file}: not as the journal knows it; compressing again from there")
-                break
-            trusted[part] = entry
-        return trusted
 
     # ---- hidden states
 
@@ -193,7 +187,13 @@ class Stage:
         self.result.layers.update(entry.layers)
 
     def _step(
-        self, block: nn.Module, index: int, step: StepPlan, hidden: HiddenStates, stream: OriginalStream | None, last: bool
+        self,
+        block: nn.Module,
+        index: int,
+        step: StepPlan,
+        hidden: HiddenStates,
+        stream: OriginalStream | None,
+        last: bool,
     ) -> dict[str, Outcome]:
         sites = [s for s in self.plan.architecture.sites(index) if any(n in step.configs for n in s.linears)]
         outcomes: dict[str, Outcome] = {}
@@ -207,8 +207,10 @@ class Stage:
                     self._propagate(block, index, hidden)
             return outcomes
         places = {site.name: self._places(site, step) for site in sites}
-        target = hidden if last else _Discarded(hidden)
-        with BlockPass(block, _Call(self.model, index, hidden), target, places, self.scratch, self.device, stream) as run:
+        target = hidden if last else ReadOnly(hidden)
+        with BlockPass(
+            block, _Call(self.model, index, hidden), target, places, self.scratch, self.device, stream
+        ) as run:
             with self.watch("forward"):
                 run.start()
             for site in sites:
@@ -263,7 +265,9 @@ class Stage:
             outcome = outcomes[layer.name]
             if step.number == max(s.number for s in self.steps if layer.name in s.configs):
                 planned = self.plan.layers[layer.name].spec
-                assert outcome.module.spec == planned, f"{layer.name}: {outcome.module.spec} where {planned} was planned"
+                assert outcome.module.spec == planned, (
+                    f"{layer.name}: {outcome.module.spec} where {planned} was planned"
+                )
             for note in outcome.notes:
                 self.progress.note(f"{layer.name}: {note}")
         return outcomes
@@ -316,7 +320,9 @@ class Stage:
         names = [name for name in self.model.reader.infos if name.startswith(inside)]
         return self._write(index, names, outcomes)
 
-    def _write(self, part: int, names: list[str], outcomes: dict[str, Outcome], extra: dict[str, Stored] | None = None) -> BlockEntry:
+    def _write(
+        self, part: int, names: list[str], outcomes: dict[str, Outcome], extra: dict[str, Stored] | None = None
+    ) -> BlockEntry:
         """Write one shard: compressed modules from memory, the rest copied from the source."""
         tensors: dict[str, Stored] = {}
         for name in names:
@@ -378,6 +384,7 @@ class Stage:
         architecture = self.plan.architecture
         table = architecture.embedding.linears[0]
         if finished is None:
+            self._check_head()
             inside = tuple(f"{prefix}." for prefix in architecture.blocks)
             head = architecture.head.linears[0] + "."
             names = [n for n in self.model.reader.infos if not n.startswith(inside) and not n.startswith(head)]
@@ -388,6 +395,13 @@ class Stage:
         if table in self.plan.layers:
             with CheckpointReader(self.out, read_header(self.out / finished.file)) as reader:
                 self.model.replace_table(self._read_module(table, reader))
+
+    def _check_head(self) -> None:
+        """A head that cannot be used ends the run now and not behind the last block."""
+        for name in self.model.reader.infos:
+            if name.startswith(self.plan.architecture.head.linears[0] + "."):
+                for _ in finite_chunks(self.model.reader, name):
+                    pass
 
     def _head(self, finished: BlockEntry | None, hidden: HiddenStates) -> None:
         """The head: compressed if asked for, on the final normed hidden states; else copied."""
@@ -429,7 +443,9 @@ class Stage:
             layer = Layer(name, current, bias, step.configs[name], self.float_dtype, kind)  # type: ignore[arg-type]
             with self.watch(step.method.name):
                 outcomes.update(
-                    step.method.compress(SiteTask(site.name, (layer,)), statistics, self._generator(step, site.name, "compress"))
+                    step.method.compress(
+                        SiteTask(site.name, (layer,)), statistics, self._generator(step, site.name, "compress")
+                    )
                 )
             for note in outcomes[name].notes:
                 self.progress.note(f"{name}: {note}")
@@ -447,7 +463,9 @@ class Stage:
             raise CheckpointError(f"{self.model.folder}: tensor {name}.weight holds NaN or infinity; fetch it again")
         return weight
 
-    def _read_module(self, name: str, reader: CheckpointReader, specs: dict[str, Any] | None = None) -> CompressedModule:
+    def _read_module(
+        self, name: str, reader: CheckpointReader, specs: dict[str, Any] | None = None
+    ) -> CompressedModule:
         return load_module(name, (specs or self.plan.specs)[name], reader, self.compute_dtype)
 
     def _normed(self, hidden: HiddenStates) -> Iterator[Tensor]:
@@ -466,20 +484,3 @@ class _Call:
 
     def shared(self, batch: int) -> list[Tensor]:
         return tensors_in(self.model.block_arguments(self.index, self.shapes[batch][:2]))  # type: ignore[arg-type]
-
-
-class _Discarded:
-    """Hidden states that are read but not overwritten: a pass whose outputs nobody wants."""
-
-    def __init__(self, hidden: HiddenStates):
-        self._hidden = hidden
-        self.in_memory = hidden.in_memory
-
-    def __len__(self) -> int:
-        return len(self._hidden)
-
-    def __getitem__(self, batch: int) -> Tensor:
-        return self._hidden[batch]
-
-    def __setitem__(self, batch: int, hidden: Tensor) -> None:
-        pass
