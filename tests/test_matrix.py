@@ -1,8 +1,7 @@
-"""Method x property: what must hold for every method, on a small real run. A new method joins with one line in CASES."""
+"""Method x property: what must hold for every method, on a small real run. A new one joins with a line in CASES."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from compress.pipeline.progress import Silent
 from compress.pipeline.run import Machine, RunResult, run
 from compress.recipe import Recipe
+from tests.runs import fingerprints, recipe_for
 from tests.tiny_models import save_tiny
 
 
@@ -47,37 +47,6 @@ CASES = [
 ]
 
 
-def recipe_for(folder: Path, steps: list[dict[str, Any]], text: Path, **fields: Any) -> Recipe:
-    return Recipe.from_dict(
-        {
-            "model": str(folder),
-            "calibration": {"data": str(text), "samples": 6, "length": 48, "batch_size": 2},
-            "steps": steps,
-            "evaluation": {"data": str(text), "length": 48, "max_tokens": 480},
-            **fields,
-        }
-    )
-
-
-def fingerprints(folder: Path) -> dict[str, str]:
-    """Checksums of all files but the report, which holds timings."""
-    return {
-        f.name: hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in sorted(folder.iterdir())
-        if f.is_file() and f.name != "compress_report.json"
-    }
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    words = ["stone", "river", "under", "the", "old", "a", "bridge", "went", "slowly", "light", "and", "never"]
-    picks = torch.randint(len(words), (4000,), generator=generator).tolist()
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n\n".join(" ".join(words[i] for i in picks[k : k + 80]) for k in range(0, 4000, 80)))
-    return file
-
-
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Any:
     """`runs(case)`: the source folder and the result of a case, made once."""
@@ -87,7 +56,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Any:
         if case.name not in made:
             source = tmp_path_factory.mktemp("source") / case.model
             save_tiny(case.model, source)
-            made[case.name] = (source, run(recipe_for(source, case.steps, text), tmp_path_factory.mktemp("out") / "result"))
+            made[case.name] = (
+                source,
+                run(recipe_for(source, case.steps, text), tmp_path_factory.mktemp("out") / "result"),
+            )
         return made[case.name]
 
     return get
@@ -103,7 +75,9 @@ def test_size_reported_is_size_on_disk(case: Case, runs: Any) -> None:
 
     infos = read_headers(result.folder)
     for layer in result.report["layers"]:
-        stored = [i.nbytes for n, i in infos.items() if n.rpartition(".")[0] == layer["name"] and not n.endswith(".bias")]
+        stored = [
+            i.nbytes for n, i in infos.items() if n.rpartition(".")[0] == layer["name"] and not n.endswith(".bias")
+        ]
         assert sum(stored) == layer["bytes_after"] == result.plan.layers[layer["name"]].spec.nbytes("F32")
     assert sum(i.nbytes for i in infos.values()) == result.plan.bytes_total_after
     assert result.report["bytes_on_disk_weights"] == sum(f.stat().st_size for f in result.folder.glob("*.safetensors"))

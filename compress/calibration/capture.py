@@ -24,7 +24,7 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from compress.calibration.store import HiddenStates, Spill
+from compress.calibration.store import HiddenStates, ReadOnly, Spill
 
 
 Place = tuple[nn.Module, str]  # a linear's parent module and its name there
@@ -138,7 +138,7 @@ class BlockPass:
         self,
         block: nn.Module,
         call: BlockCall,
-        hidden: HiddenStates,
+        hidden: HiddenStates | ReadOnly,
         sites: dict[str, list[Place]],
         scratch: Path,
         device: torch.device,
@@ -204,7 +204,9 @@ class BlockPass:
         """All sites are done: every batch must have come out of the block. `hidden` then holds the outputs."""
         for batch, forward in enumerate(self.forwards):
             if forward.stopped is not None:
-                raise AssertionError(f"batch {batch} still waits at {forward.stopped.site}: the sites are not in data order")
+                raise AssertionError(
+                    f"batch {batch} still waits at {forward.stopped.site}: the sites are not in data order"
+                )
 
     def _keep_output(self, batch: int) -> None:
         forward = self.forwards[batch]
@@ -270,11 +272,13 @@ class OriginalStream:
         """`hidden` becomes the outputs of the unchanged block, which is run once more if no pass went through to its end."""
         for batch in range(len(self.hidden)):
             output = self._outputs.pop(batch, None)
-            self.hidden[batch] = self.call(self.block, batch, self.hidden[batch].to(self.device)) if output is None else output
+            self.hidden[batch] = (
+                self.call(self.block, batch, self.hidden[batch].to(self.device)) if output is None else output
+            )
 
 
 def start_forward(
-    block: nn.Module, call: BlockCall, batch: int, hidden: HiddenStates, device: torch.device, scratch: Path
+    block: nn.Module, call: BlockCall, batch: int, hidden: HiddenStates | ReadOnly, device: torch.device, scratch: Path
 ) -> Forward:
     """Send one batch on its way. Batches that live on disk, or run on an accelerator, are emptied while they wait."""
     spill = None

@@ -69,6 +69,23 @@ def raw(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+class ReadOnly:
+    """Hidden states that a pass reads and does not overwrite: nobody wants its outputs."""
+
+    def __init__(self, hidden: HiddenStates):
+        self._hidden = hidden
+        self.in_memory = hidden.in_memory
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self._hidden[batch]
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        return
+
+
 class HiddenStates:
     """One tensor per batch. The first batches that fit into `cap_bytes` stay in memory; the others go to disk."""
 

@@ -78,7 +78,9 @@ class StreamedModel:
 
     # ---- blocks
 
-    def load_block(self, index: int, reader: CheckpointReader | None = None, specs: dict[str, ModuleSpec] | None = None) -> nn.Module:
+    def load_block(
+        self, index: int, reader: CheckpointReader | None = None, specs: dict[str, ModuleSpec] | None = None
+    ) -> nn.Module:
         """Block `index` with its weights, compressed modules included, ready to run. `unload_block` drops it.
 
         Args:
@@ -115,7 +117,7 @@ class StreamedModel:
             name = f"{self.architecture.embeddings[0]}.weight"
             weight = self.reader.read_rows(name, rows, self.dtype).to(self.device)
             table.weight = nn.Parameter(weight, requires_grad=False)
-            table.padding_idx = None  # concerns gradients only, and would have to be among the rows
+            table.padding_idx = None  # type: ignore[assignment]  # for gradients only; would have to be among the rows
         entered: list[Tensor] = []
 
         def enter(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

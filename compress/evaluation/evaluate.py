@@ -109,7 +109,13 @@ class _Evaluation:
             reference_hidden = self.final_hidden(original, windows, Path(scratch))
             hidden = self.final_hidden(model, windows, Path(scratch))
             theirs, ours, fidelity = compare(
-                windows, reference_hidden, original.logits, hidden, model.logits, model.architecture.vocab_size, str(folder)
+                windows,
+                reference_hidden,
+                original.logits,
+                hidden,
+                model.logits,
+                model.architecture.vocab_size,
+                str(folder),
             )
             model.close()
             original.close()
@@ -136,7 +142,9 @@ class _Evaluation:
         limit = model.architecture.max_positions
         length = self.settings.length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
         if limit is not None and length > limit:
-            raise RecipeError(f"evaluation.length: {length} tokens, but the model has {limit} positions; use at most {limit}")
+            raise RecipeError(
+                f"evaluation.length: {length} tokens, but the model has {limit} positions; use at most {limit}"
+            )
         tokenizer = load_tokenizer(folder, trust_remote_code=self.trust_remote_code)
         text = load_text(self.settings)
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
@@ -168,7 +176,9 @@ class _Evaluation:
             model.unload_block(index)
             self.progress.advance(1)
         width = model.final_norm(hidden[0][:1, :1].to(self.device)).shape[-1]
-        normed = HiddenStates([(*shape[:2], width) for shape in shapes], self.dtype, activation_limit(self.machine), scratch)
+        normed = HiddenStates(
+            [(*shape[:2], width) for shape in shapes], self.dtype, activation_limit(self.machine), scratch
+        )
         for batch in range(len(hidden)):
             normed[batch] = model.final_norm(hidden[batch].to(self.device))
             hidden.drop(batch)

@@ -52,7 +52,9 @@ def score(windows: Windows, hidden: HiddenStates, logits: Logits, vocab_size: in
     for normed, targets, counts in _chunks(windows, hidden, vocab_size):
         nll = _nll(logits(normed).float()[0], targets)[counts]
         if not torch.isfinite(nll).all():
-            raise NumericsError(f"{where}: the logits are not finite; the model is broken: see the report's layer losses")
+            raise NumericsError(
+                f"{where}: the logits are not finite; the model is broken: see the report's layer losses"
+            )
         scores.nll += float(nll.double().sum())
         scores.n_scored += int(counts.sum())
     return scores

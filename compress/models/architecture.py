@@ -38,6 +38,11 @@ class Site:
     producer: Producer | None = None
     expert: int | None = None
 
+    @property
+    def layer_kind(self) -> Literal["linear", "embedding"]:
+        """What its layers are."""
+        return "embedding" if self.kind == "embedding" else "linear"
+
 
 @dataclass(frozen=True)
 class Experts:

@@ -135,8 +135,11 @@ class QuantizedEmbedding(QuantizedModule):
 
     def adopt(self, original: nn.Module) -> None:
         """Gemma's tables multiply what they look up by a number that is no weight."""
-        scale = getattr(original, "scalar_embed_scale", None)
-        self.multiplier = None if scale is None else float(scale)
+        if isinstance(original, QuantizedEmbedding):
+            self.multiplier = original.multiplier
+        else:
+            scale = getattr(original, "scalar_embed_scale", None)
+            self.multiplier = None if scale is None else float(scale)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.held is not None:

@@ -26,6 +26,7 @@ class QuantizedSpec(ModuleSpec):
     """A linear, or a lookup table of `out_features` rows, in integer codes. `group_size` -1: one group per row."""
 
     representation: ClassVar[str] = "quantized"
+    module: ClassVar[str] = "compress.modules.quantized:QuantizedModule"
     bits: int
     group_size: int
     symmetric: bool = True

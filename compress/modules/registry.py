@@ -1,17 +1,16 @@
-"""Which module runs a representation: the torch side of `spec.SPECS`. Looking one up imports that one only."""
+"""Which module runs a representation. Looking one up imports that one only."""
 
 from __future__ import annotations
 
 import importlib
 
 from compress.modules.base import CompressedModule
-
-MODULES = {  # representation -> where its module lives
-    "quantized": "compress.modules.quantized:QuantizedModule",
-}
+from compress.modules.spec import spec_class
 
 
 def module_class(representation: str) -> type[CompressedModule]:
-    """The class whose `from_spec` builds modules of this representation."""
-    module, _, name = MODULES[representation].partition(":")
+    """The class whose `from_spec` builds modules of this representation, which is known (it has a spec)."""
+    spec = spec_class(representation)
+    assert spec is not None, representation
+    module, _, name = spec.module.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -1,13 +1,16 @@
 """What a compressed module stores, as data: known in the plan before any weight is read, written to `config.json`,
 validated before anything is allocated, and checked against the tensors on disk.
 
-Readable without torch. One spec class per representation; the module with the same name holds the tensors.
+Readable without torch. One spec class per representation; it names the module that holds the tensors. Other packages add
+representations by an entry point of the group `compress.representations`: name = "package.file:SpecClass".
 """
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
 from math import prod
 from typing import ClassVar
 
@@ -21,9 +24,10 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class ModuleSpec(ABC):
-    """One replaced module. `in_features`, `out_features` as in nn.Linear; `bias` says whether one is stored."""
+    """One replaced module. `in_features`, `out_features` as in nn.Linear. `module` is where its nn.Module lives."""
 
     representation: ClassVar[str]
+    module: ClassVar[str]  # "package.file:Class", a CompressedModule; imported when one is built
     in_features: int
     out_features: int
 
@@ -43,13 +47,25 @@ class ModuleSpec(ABC):
         return {"representation": self.representation, **asdict(self)}
 
 
-def _quantized() -> type[ModuleSpec]:
-    from compress.modules.quantized_spec import QuantizedSpec
+SPECS = {  # representation -> where its spec lives
+    "quantized": "compress.modules.quantized_spec:QuantizedSpec",
+}
+ENTRY_POINTS = "compress.representations"
 
-    return QuantizedSpec
+
+def representations() -> list[str]:
+    """The names of all representations, those of installed packages included."""
+    return sorted({*SPECS, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
-SPECS = {"quantized": _quantized}
+def spec_class(representation: str) -> type[ModuleSpec] | None:
+    """The spec class of a representation, ours or an installed package's; None if nobody knows it."""
+    if representation in SPECS:
+        module, _, name = SPECS[representation].partition(":")
+        return getattr(importlib.import_module(module), name)
+    for point in entry_points(group=ENTRY_POINTS, name=representation):
+        return point.load()
+    return None
 
 
 def spec_from_dict(fields: dict[str, object], where: str) -> ModuleSpec:
@@ -60,12 +76,12 @@ def spec_from_dict(fields: dict[str, object], where: str) -> ModuleSpec:
     """
     fields = dict(fields)
     name = fields.pop("representation", None)
-    if not isinstance(name, str) or name not in SPECS:
+    cls = spec_class(name) if isinstance(name, str) else None
+    if cls is None:
         raise CheckpointError(
-            f"{where}: representation {name!r} is not known to this version of compress-llm; known: "
-            f"{', '.join(sorted(SPECS))}. Upgrade with: pip install -U compress-llm"
+            f"{where}: representation {name!r} is not known here; known: {', '.join(representations())}. Upgrade with "
+            f"pip install -U compress-llm, or install the package that made it"
         )
-    cls = SPECS[name]()
     try:
         spec = cls(**fields)  # type: ignore[arg-type]
     except TypeError as error:

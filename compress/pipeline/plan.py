@@ -215,8 +215,7 @@ def _weights(
                     )
                 flipped = architecture.transposed and site.kind not in ("head", "embedding")
                 out_features, in_features = reversed(shape) if flipped else shape
-            kind = "embedding" if site.kind == "embedding" else "linear"
-            weights[name] = (site, LayerShape(name, out_features, in_features, kind, bias))
+            weights[name] = (site, LayerShape(name, out_features, in_features, site.layer_kind, bias))
     return weights
 
 

@@ -195,7 +195,7 @@ def compute_place(planned: Plan, machine: Machine) -> tuple[Any, Any]:
     import torch
 
     device = compute_device(machine)
-    wanted = planned.recipe.calibration.dtype
+    wanted: str = planned.recipe.calibration.dtype
     if wanted == "auto":
         if device.type == "cpu":
             return device, torch.float32

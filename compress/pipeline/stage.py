@@ -275,8 +275,7 @@ class Stage:
     def _layer(self, name: str, step: StepPlan, site: Site) -> Layer:
         module = self.model.skeleton.module(name)
         bias = getattr(module, "bias", None)
-        kind = "embedding" if site.kind == "embedding" else "linear"
-        return Layer(name, self._weight_of(name), bias, step.configs[name], self.float_dtype, kind)  # type: ignore[arg-type]
+        return Layer(name, self._weight_of(name), bias, step.configs[name], self.float_dtype, site.layer_kind)
 
     def _weight_of(self, name: str) -> Tensor:
         """The weight in float32 [out_features, in_features], whatever the module is now."""
@@ -285,7 +284,7 @@ class Stage:
             module = module.target
         if isinstance(module, CompressedModule):
             return module.leaves()[""].weight
-        weight = module.weight.detach().float()
+        weight = module.get_parameter("weight").detach().float()
         flipped = self.plan.architecture.transposed and name not in self._outer_names()
         return weight.T.contiguous() if flipped else weight
 
@@ -439,8 +438,7 @@ class Stage:
                     gatherer.add(x)
                 statistics = gatherer.result(f"{name} ({step.method.name})")
             bias = self.model.reader.read(f"{name}.bias") if f"{name}.bias" in self.model.reader else None
-            kind = "embedding" if site.kind == "embedding" else "linear"
-            layer = Layer(name, current, bias, step.configs[name], self.float_dtype, kind)  # type: ignore[arg-type]
+            layer = Layer(name, current, bias, step.configs[name], self.float_dtype, site.layer_kind)
             with self.watch(step.method.name):
                 outcomes.update(
                     step.method.compress(
