@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.description import OWN, STANDARD, modules_of
+from compress.checkpoint.description import GUARD, OWN, STANDARD, modules_of
 from compress.checkpoint.headers import TensorInfo, read_headers, read_json
 from compress.checkpoint.source import SHIPPED, SIDE_FILES, hub_errors
 from compress.errors import CheckpointError
@@ -54,6 +54,10 @@ def load(
     infos = read_headers(folder)
     raw = read_json(folder / "config.json")
     specs = modules_of(raw, infos)
+    if raw.get("transformers_weights") == GUARD and _method(raw) != OWN:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: it does not describe the modules that are stored; fetch it again"
+        )
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation

@@ -29,8 +29,6 @@ from compress.modules.base import CompressedModule
 from compress.modules.registry import module_class
 from compress.modules.spec import ModuleSpec
 
-MARKER = "compress-llm"  # in the names of tensors that only an unguarded copy has
-
 
 class CompressConfig(QuantizationConfigMixin):
     """The `quantization_config` of a model in our modules, kept as it stands in config.json."""
@@ -91,8 +89,7 @@ class CompressQuantizer(HfQuantizer):
             self._describe_as_saved(specs, architecture, config)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
-            re.escape(MARKER),
-            *(f"^{re.escape(name)}\\.weight$" for name in list(specs)[:1]),
+            *(f"^{re.escape(marker)}$" for marker in _markers(model)),
         }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -121,11 +118,7 @@ class CompressQuantizer(HfQuantizer):
         if self.guarded or self.quantization_config.standard is not None:
             return None, {}
         state = model.state_dict()
-        first = next((n for n, m in model.named_modules() if isinstance(m, CompressedModule)), None)
-        if first is not None:
-            state[f"{first}.weight"] = torch.empty(0)  # of another shape than the original's: stock transformers stops
-            state[f"{first}: this needs pip install {MARKER}"] = torch.empty(0)  # and its report shows this name
-        return state, {}
+        return {**state, **{marker: torch.empty(0) for marker in _markers(model)}}, {}
 
     def is_serializable(self) -> bool:
         return self.complete
@@ -133,6 +126,18 @@ class CompressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _markers(model: nn.Module) -> tuple[str, ...]:
+    """Names of tensors, each of shape [0], that only an unguarded copy has.
+
+    The first is a tensor of the original model: its shape makes stock transformers stop. The second says why in the
+    report that comes with the error.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedModule):
+            return f"{name}.weight", f"{name}.needs_pip_install_compress-llm"
+    return ()
 
 
 def _headers(files: list[str] | None) -> dict[str, TensorInfo]:

@@ -18,6 +18,7 @@ from compress.errors import CheckpointError
 from compress.models.architecture import Architecture
 from compress.models.experts import unfuse_experts
 from compress.models.families import disk_name, module_name
+from compress.modules.base import CompressedModule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -70,7 +71,9 @@ class Skeleton:
 
     def replace(self, disk_name: str, module: nn.Module) -> None:
         """Put `module` in the place of the module of that name. It stays until `empty_block` or `empty_outside`."""
-        self.module(disk_name)
+        original = self.module(disk_name)
+        if isinstance(module, CompressedModule):
+            module.adopt(original)
         parent, _, child = module_name(self.architecture, disk_name).rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
 
