@@ -98,12 +98,13 @@ def _round_leaf(updates: Updates, grids: _Grids, group_of: list[int], first: int
     """Round columns first .. last-1 one after the other; they end as residuals. Returns their codes [columns, rows]."""
     work = updates[0][1]
     steps = torch.empty_like(work[first:last])  # code - zero_point
+    rounded = torch.empty_like(work[0], dtype=grids.rule.scale_dtype)  # q_i as it will be loaded
     for i, step in zip(range(first, last), steps.unbind(0), strict=True):
         column = work[i]
         for _, source in updates[1:]:
             source[i] = column
         grids.round(column, group_of[i], out=step)
-        column.addcmul_(step, grids.scale[group_of[i]], value=-1)
+        column.sub_(torch.mul(step, grids.scale[group_of[i]], out=rounded))
         if i + 1 < last:
             for coefficient, source in updates:
                 work[i + 1 : last].addr_(coefficient[i, i + 1 : last], source[i])

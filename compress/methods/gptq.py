@@ -140,6 +140,11 @@ class Curvature:
 def _compress_site(layers: list[Layer], statistics: SiteStatistics) -> dict[str, Outcome]:
     """Layers with calibrated inputs: equal settings share a loop, equal damping and order a factor."""
     hessian = statistics[SecondMoment()]
+    if not torch.isfinite(hessian).all():
+        raise NumericsError(
+            f"{', '.join(layer.name for layer in layers)}: the second moment of the inputs holds NaN or infinity: activations "
+            f"overflow; calibrate in float32, or check the checkpoint"
+        )
     dead = hessian.diagonal() == 0
     curvatures: dict[object, Curvature | NumericsError] = {}
     outcomes: dict[str, Outcome] = {}
@@ -178,7 +183,17 @@ def _curvature(config: GPTQConfig, statistics: SiteStatistics, dead: Tensor) -> 
     cross[:, dead] = 0
     if order is not None:
         cross = cross[order][:, order]
-    return Curvature(factor, order, config.gptaq * (cross @ factor.upper.T).triu_(1) @ factor.upper)
+    return Curvature(factor, order, config.gptaq * asymmetric_feedback(cross, factor.upper))
+
+
+def asymmetric_feedback(cross: Tensor, upper: Tensor) -> Tensor:
+    """P of GPTAQ at alpha = 1: P[i, i+1:] is what columns i+1 .. do best in place of w_i (x~_i - x_i).
+
+    Args:
+        cross: D [in, in], sum_t (x~_t - x_t) x_t^T.
+        upper: U [in, in]; both in the same order.
+    """
+    return (cross @ upper.T).triu_(1) @ upper
 
 
 def _compress_alike(
