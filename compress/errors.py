@@ -1,5 +1,10 @@
 """What can go wrong, by who can mend it. The command line prints these as one line; anything else is a bug of ours."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CompressError(Exception):
     """An error with a remedy. The message is one line: what is wrong, where, the value seen, the step that mends it."""
@@ -15,3 +20,12 @@ class CheckpointError(CompressError):
 
 class NumericsError(CompressError):
     """A value is not finite, or a factorization fails: more or other calibration data, or other settings, mend it."""
+
+
+@contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Puts the folder, or whatever else is being looked at, in front of the errors of code that does not know its name."""
+    try:
+        yield
+    except CompressError as error:
+        raise type(error)(f"{what}: {error}") from None

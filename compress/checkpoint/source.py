@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.headers import TensorInfo, read_headers, read_json
+from compress.checkpoint.headers import TensorInfo, read_headers, read_json, weight_files
 from compress.errors import CheckpointError
 
 SHIPPED = "shipped"
@@ -48,7 +48,9 @@ class Source:
         with hub_errors(self.name):
             return Path(
                 snapshot_download(
-                    self.name, revision=self.revision, allow_patterns=["*.safetensors", "*.json", *SIDE_FILES, "README.md"]
+                    self.name,
+                    revision=self.revision,
+                    allow_patterns=["*.safetensors", "*.json", *SIDE_FILES, "README.md"],
                 )
             )
 
@@ -64,12 +66,21 @@ def find_source(path: str, revision: str | None = None) -> Source:
         folder = model_path()
     else:
         folder = Path(path).expanduser()
-    if folder.is_dir():
-        names = tuple(sorted(p.name for p in folder.iterdir() if p.is_file()))
+    try:
+        is_folder = folder.is_dir()
+        names = tuple(sorted(p.name for p in folder.iterdir() if p.is_file())) if is_folder else ()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from None
+    if is_folder:
         if "config.json" not in names:
-            raise CheckpointError(f"{folder}: no config.json in it; name the folder that holds config.json and *.safetensors")
+            weight_files(folder)  # says so where the weights are of a kind that is not read here
+            raise CheckpointError(
+                f"{folder}: no config.json in it; name the folder that holds config.json and *.safetensors"
+            )
         return Source(path, read_json(folder / "config.json"), read_headers(folder), folder, revision, names)
-    if folder.exists() or path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
+    if folder.exists():
+        raise CheckpointError(f"{path}: is a file; name the folder that holds config.json and *.safetensors")
+    if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
         raise CheckpointError(f"{path}: no such model folder (and no Hub id, which has the form owner/name)")
     return _find_on_hub(path, revision)
 
@@ -105,7 +116,14 @@ class hub_errors:
         from huggingface_hub import errors
 
         local = "or download it elsewhere and give its folder: --set model=FOLDER"
-        if isinstance(error, errors.GatedRepoError):
+        unreachable = (
+            f"no such folder here, and the Hub cannot be reached ({type(error).__name__}); check the network, {local}"
+        )
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            why = unreachable
+        elif isinstance(error, errors.HFValidationError):
+            why = "no such folder here, and no name that a model on the Hub can have; check the path"
+        elif isinstance(error, errors.GatedRepoError):
             why = f"access is gated; accept its licence on its Hub page, then: hf auth login, {local}"
         elif isinstance(error, errors.RepositoryNotFoundError):
             why = f"no such folder here and no such model on the Hub (or it is private: hf auth login), {local}"
@@ -114,12 +132,15 @@ class hub_errors:
         elif isinstance(error, errors.EntryNotFoundError | errors.NotASafetensorsRepoError):
             why = "the Hub has no safetensors weights or no config.json for it; choose a repository with safetensors"
         else:
-            why = f"no such folder here, and the Hub cannot be reached ({type(error).__name__}); check the network, {local}"
+            why = unreachable
         raise CheckpointError(f"{self.repo}: {why}") from None
 
 
 def tokenizer_size(source: Source) -> int | None:
-    """The largest token id plus one that the tokenizer can produce, where tokenizer.json says it; None if unknown."""
+    """The largest id of its vocabulary plus one, where tokenizer.json says it; None if unknown.
+
+    Tokens that were added are left out: some models have one for images that their table of embeddings does not hold.
+    """
     if source.folder is None or "tokenizer.json" not in source.files:
         return None
     try:
@@ -130,6 +151,6 @@ def tokenizer_size(source: Source) -> int | None:
             ids = list(vocab.values())
         elif ids is None:
             ids = [len(vocab) - 1]
-        return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))], default=-1)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return 1 + max(ids, default=-1)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise CheckpointError(f"{source.folder / 'tokenizer.json'}: unreadable; fetch it again") from None

@@ -22,7 +22,8 @@ from torch.nn import functional
 from compress.checkpoint.description import modules_of
 from compress.checkpoint.headers import read_json
 from compress.checkpoint.reader import CheckpointReader
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, CompressError, naming
+from compress.models.architecture import Architecture
 from compress.models.families import architecture_of
 from compress.models.skeleton import Skeleton
 from compress.modules.base import CompressedModule
@@ -57,15 +58,13 @@ class StreamedModel:
         specs: dict[str, ModuleSpec] | None = None,
         trust_remote_code: bool = False,
     ):
-        from transformers import AutoConfig
-
         raw = read_json(folder / "config.json")
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
         self.reader = reader or CheckpointReader(folder)
-        self.specs = modules_of(raw, self.reader.infos) if specs is None else specs
-        self.architecture = architecture_of(raw, self.reader.infos.keys())
-        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        self.skeleton = Skeleton(self.config, self.architecture, dtype)
+        with naming(folder):
+            self.specs = modules_of(raw, self.reader.infos) if specs is None else specs
+            self.architecture = architecture_of(raw, self.reader.infos.keys())
+        self.config, self.skeleton = _built(folder, self.architecture, dtype, trust_remote_code)
         self._backbone = _parent_of_blocks(self.skeleton.model, self.skeleton.blocks[0])
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._kept_bytes = 0
@@ -285,6 +284,27 @@ class TiledHead(nn.Module):
             bias = None if self.bias is None else self.bias[rows]
             out[..., rows] = functional.linear(x, self.weight[rows].to(x.dtype), bias)
         return out
+
+
+def _built(
+    folder: Path, architecture: Architecture, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[Any, Skeleton]:
+    """The config as transformers reads it, and the model without weights that it builds from it.
+
+    Raises: CheckpointError with the reason if transformers refuses the config, or fails over what stands in it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return config, Skeleton(config, architecture, dtype)
+    except CompressError:
+        raise
+    except Exception as error:  # each class of transformers checks its config, or does not, in its own way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers builds no model from it ({reason:.300}); mend it or fetch it again"
+        ) from error
 
 
 def load_module(name: str, spec: ModuleSpec, reader: CheckpointReader, dtype: torch.dtype) -> CompressedModule:

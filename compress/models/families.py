@@ -113,7 +113,14 @@ def _settings(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
                 settings[key] = config[alias]
     for key in _COUNTS & settings.keys():
         if type(settings[key]) is not int or settings[key] <= 0:
-            raise CheckpointError(f"config.json: {key}={settings[key]!r} is not a positive whole number; mend it there")
+            raise CheckpointError(
+                f"config.json: {key}={settings[key]!r:.100} is not a positive whole number; mend it there"
+            )
+    positions = settings["max_position_embeddings"]
+    if positions is not None and (type(positions) is not int or positions <= 0):
+        raise CheckpointError(
+            f"config.json: max_position_embeddings={positions!r:.100} is not a positive whole number; mend it there"
+        )
     return settings
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.description import modules_of, standard_holds
 from compress.checkpoint.headers import TensorInfo
 from compress.checkpoint.source import Source, find_source, tokenizer_size
-from compress.errors import CheckpointError, RecipeError
+from compress.errors import CheckpointError, RecipeError, naming
 from compress.models.architecture import Architecture, Site
 from compress.models.families import architecture_of
 from compress.modules.spec import DTYPE_BYTES, ModuleSpec
@@ -138,8 +138,9 @@ def plan(recipe: Recipe) -> Plan:
     from compress.pipeline.estimate import estimate
 
     source = find_source(recipe.model.path, recipe.model.revision)
-    architecture = architecture_of(source.config, source.infos.keys())
-    source_specs = modules_of(source.config, source.infos)
+    with naming(source.name):
+        architecture = architecture_of(source.config, source.infos.keys())
+        source_specs = modules_of(source.config, source.infos)
     check_source(source, architecture, source_specs)
     float_dtype = FLOAT_DTYPES.get(recipe.model.dtype) or stored_float_dtype(source)
     weights = _weights(source, architecture, source_specs)
