@@ -21,10 +21,8 @@ from torch import Tensor
 
 from compress.calibration.store import HiddenStates
 from compress.errors import NumericsError
+from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
 from compress.evaluation.windows import Windows
-
-LOGIT_BYTES = 8 * 2**20  # of one chunk of float32 logits: within a cache …
-MIN_CHUNK_TOKENS = 512  # … but no fewer tokens than this, over which the cost of converting the head is spread
 
 Logits = Callable[[Tensor], Tensor]  # final normed hidden states [1, tokens, hidden] -> logits [1, tokens, vocabulary]
 

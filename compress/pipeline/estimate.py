@@ -9,20 +9,27 @@ from __future__ import annotations
 import os
 import time
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.checkpoint.source import SHIPPED
+from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
 from compress.modules.spec import DTYPE_BYTES
+from compress.shipped import heldout_text_path
 
 if TYPE_CHECKING:
     from compress.methods.base import LayerShape
     from compress.pipeline.plan import Plan, StepPlan
 
-BASE_BYTES = 330 * 2**20  # anonymous memory of the process with torch and transformers imported, measured
+BASE_BYTES = 380 * 2**20  # anonymous memory of the process with torch and transformers imported, measured
+FRAGMENTATION = 1.25  # what the allocator holds over what is alive, for tensors of activations, measured
 COMPUTE_BYTES = 4  # float32
 PROBE_TOKENS = 64  # of data-free runs
 GEMM_EFFICIENCY = 0.6  # of the measured peak, over shapes and the memory-bound rest
 STARTUP_SECONDS = 6.0  # imports, tokenizer, skeleton
-EVALUATION_CHUNK_BYTES = 256 * 2**20  # logits of one chunk: see evaluation
+BYTES_PER_TOKEN = 4  # of English text, for the size of an evaluation text that is not tokenized yet
+UNKNOWN_TEXT_TOKENS = 300_000  # about that of WikiText-2's test split
+LOGIT_COPIES = 5  # both models' logits of a chunk and what is computed from them
 
 
 def estimate(plan: Plan) -> tuple[int, float]:
@@ -101,7 +108,7 @@ def _activation_bytes(plan: Plan, tokens: int) -> int:
     streams = 2 if any(step.needs_original for stage in plan.stages for step in stage) else 1
     held = tokens * COMPUTE_BYTES * (2 * plan.architecture.hidden_size + widest) * streams
     running = min(tokens, plan.recipe.calibration.batch_size * plan.recipe.calibration.length)
-    return held + running * COMPUTE_BYTES * 4 * widest
+    return int(FRAGMENTATION * (held + running * COMPUTE_BYTES * 4 * widest))
 
 
 def _outside_bytes(plan: Plan, tokens: int) -> int:
@@ -117,13 +124,24 @@ def _evaluation_bytes(plan: Plan) -> int:
     head = architecture.vocab_size * architecture.hidden_size * DTYPE_BYTES[plan.float_dtype]
     hidden = 3 * _evaluation_tokens(plan) * architecture.hidden_size * COMPUTE_BYTES
     block = max(_block_parameters(plan), default=0) * COMPUTE_BYTES
-    return head * 2 + hidden + max(block, 3 * EVALUATION_CHUNK_BYTES)
+    chunk = max(LOGIT_BYTES, MIN_CHUNK_TOKENS * architecture.vocab_size * COMPUTE_BYTES)
+    return head * 2 + int(FRAGMENTATION * hidden) + max(block, LOGIT_COPIES * chunk)
 
 
 def _evaluation_tokens(plan: Plan) -> int:
     evaluation = plan.recipe.evaluation
     assert evaluation
-    return evaluation.max_tokens or 300_000
+    if evaluation.max_tokens is not None:
+        return evaluation.max_tokens
+    nbytes = 0
+    for data in evaluation.data:
+        if data == SHIPPED:
+            nbytes += heldout_text_path().stat().st_size
+        elif Path(data).expanduser().is_file():
+            nbytes += Path(data).expanduser().stat().st_size
+        else:
+            return UNKNOWN_TEXT_TOKENS
+    return nbytes // BYTES_PER_TOKEN
 
 
 def _seconds(plan: Plan, tokens: int) -> float:
