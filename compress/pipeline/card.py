@@ -20,7 +20,7 @@ def model_card(plan: Plan) -> str:
     return (
         f"---\n{head}\n---\n\n"
         f"# {plan.source.name}, compressed\n\n"
-        f"Made by [compress-llm](https://pypi.org/project/compress-llm/) with {', '.join(methods)}: the replaced layers went from "
+        f"Made by `compress-llm` with {', '.join(methods)}: the replaced layers went from "
         f"{plan.bytes_before:,} to {plan.bytes_after:,} bytes ({plan.bits_per_weight:.2f} bits per weight), all weights from "
         f"{plan.bytes_total_before:,} to {plan.bytes_total_after:,} bytes. The recipe is in `recipe.yaml`.\n\n"
         f"## Loading\n\n{_loading(plan)}\n"
