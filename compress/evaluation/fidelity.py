@@ -34,6 +34,12 @@ class Scores:
     nll: float = 0.0
     n_scored: int = 0
 
+    def add(self, logits: Tensor, norm: Tensor, targets: Tensor, counts: Tensor) -> None:
+        """Count the predictions of `targets` [tokens] where `counts`; `norm` is the logsumexp of `logits` [tokens, vocabulary]."""
+        nll = norm - logits.gather(1, targets[:, None])[:, 0]
+        self.nll += float(nll[counts].double().sum())
+        self.n_scored += int(counts.sum())
+
     def to_dict(self, windows: Windows) -> dict[str, Any]:
         mean = self.nll / self.n_scored
         return {
@@ -78,10 +84,8 @@ def compare(
     for (normed_p, targets, counts), (normed_q, _, _) in pairs:
         p, q = reference_logits(normed_p).float()[0], logits(normed_q).float()[0]  # [tokens, vocabulary]
         norm_p, norm_q = p.logsumexp(-1), q.logsumexp(-1)
-        for scores, values, norm in ((theirs, p, norm_p), (ours, q, norm_q)):
-            nll = (norm - values.gather(1, targets[:, None])[:, 0])[counts]
-            scores.nll += float(nll.double().sum())
-            scores.n_scored += int(counts.sum())
+        theirs.add(p, norm_p, targets, counts)
+        ours.add(q, norm_q, targets, counts)
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
         positions += p.shape[0]
         gap = torch.sub(p, q, out=q)
@@ -99,10 +103,6 @@ def compare(
         "top1_agreement": agreed / positions,
         "positions": float(positions),
     }  # fmt: skip
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def _chunks(windows: Windows, hidden: HiddenStates, vocab_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
