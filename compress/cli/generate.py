@@ -1,0 +1,147 @@
+"""`compress generate`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.cli.options import Debug, Device, Json, ModelFolder, Quiet, RemoteCode, Revision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = Annotated[
+    str, typer.Option("--prompt", "-p", metavar="TEXT", help="what to go on from; - reads it from stdin")
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="stop after so many tokens")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", "-t", min=0.0, help="0: always the likeliest token  [default: 0.8]", show_default=False
+    ),
+]
+Greedy = Annotated[bool, typer.Option("--greedy", help="the same as --temperature 0")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="the same seed gives the same text")]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="put the prompt as a message of the user  [default: where the tokenizer has a chat template]",
+        show_default=False,
+    ),
+]
+TEMPERATURE = 0.8
+
+
+def generate(
+    model: ModelFolder,
+    prompt: Prompt,
+    max_new_tokens: MaxNewTokens = 100,
+    temperature: Temperature = None,
+    greedy: Greedy = False,
+    seed: Seed = 0,
+    chat: Chat = None,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Let a model go on from a prompt, on the packed weights if it is compressed. The text appears as it is made.
+
+    \b
+    Example:  compress generate out/demo --prompt "It was a dark night"
+    """
+    from compress.cli.show import note, out, print_json
+    from compress.errors import RecipeError
+
+    if greedy and temperature:
+        raise RecipeError(f"--greedy and --temperature {temperature:g}: choose one")
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt:
+        raise RecipeError("--prompt: is empty; give the text to go on from")
+    import torch
+
+    from compress.checkpoint.load import load
+    from compress.pipeline.run import Machine, compute_device
+
+    place = compute_device(Machine(device))
+    loaded = load(model, device=place, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(loaded, trust_remote_code)
+    template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not template:
+        raise RecipeError(
+            f"--chat: the tokenizer of {model} has no chat template; leave it out for a plain continuation"
+        )
+    as_message = template if chat is None else chat
+    ids = _ids(tokenizer, prompt, as_message)
+    if ids.numel() == 0:
+        raise RecipeError("--prompt: gives no tokens; use some text")
+    n_new = _room(loaded, ids.shape[1], max_new_tokens)
+    if n_new < max_new_tokens and not quiet:
+        note(f"note: the model has {ids.shape[1] + n_new} positions: at most {n_new} new tokens")
+    torch.manual_seed(seed)
+    streamer = None if as_json else _streamer(tokenizer, skip_prompt=as_message)
+    start = time.perf_counter()
+    heat = 0.0 if greedy else TEMPERATURE if temperature is None else temperature
+    made = _generate(loaded, ids.to(place), n_new, heat, streamer)
+    seconds = time.perf_counter() - start
+    new = made[0, ids.shape[1] :]
+    if as_json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        print_json({"prompt": prompt, "text": text, "new_tokens": len(new), "seconds": seconds, "chat": as_message})
+    elif not quiet:
+        out("") if not sys.stdout.isatty() else None
+        note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} per second")
+
+
+def _tokenizer(model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from compress.calibration.data import load_tokenizer
+
+    return load_tokenizer(Path(model.config._name_or_path), trust_remote_code=trust_remote_code)
+
+
+def _ids(tokenizer: Any, prompt: str, as_message: bool) -> Any:
+    """Token ids [1, tokens] of the prompt."""
+    import torch
+
+    if not as_message:
+        return torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.long)
+
+
+def _room(model: PreTrainedModel, n_prompt: int, wanted: int) -> int:
+    """How many new tokens there are positions for. Raises: RecipeError if there is none."""
+    from compress.errors import RecipeError
+
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    if limit is None:
+        return wanted
+    if n_prompt >= limit:
+        raise RecipeError(f"--prompt: has {n_prompt} tokens, the model {limit} positions; use a shorter one")
+    return min(wanted, limit - n_prompt)
+
+
+def _streamer(tokenizer: Any, skip_prompt: bool) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+
+
+def _generate(model: Any, ids: Any, n_new: int, temperature: float, streamer: Any) -> Any:
+    import torch
+
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    with torch.inference_mode():
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, streamer=streamer, **sampling
+        )

@@ -1,0 +1,134 @@
+"""How the command line writes things: sizes, times, tables, JSON. Results go to stdout, everything else to stderr.
+
+Cells are plain text: names such as `model.layers.[0-5]` would otherwise be read as rich's markup.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import IO, Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+PIPE_WIDTH = 200  # columns of a table that goes to a file or another program: nothing may be cut
+FEW = 10  # notes that are printed one by one
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def console(stream: IO[str] | None = None) -> Console:
+    """A console on `stream` (stdout) that keeps to NO_COLOR, and writes no control codes into pipes."""
+    stream = stream or sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+
+def show(*renderables: RenderableType, stream: IO[str] | None = None) -> None:
+    """Tables, on stdout unless `stream` is another. Where no terminal is, lines end with their last character."""
+    screen = console(stream)
+    if screen.is_terminal:
+        screen.print(*renderables, sep="\n")
+        return
+    with screen.capture() as captured:
+        screen.print(*renderables, sep="\n")
+    lines = captured.get().splitlines()
+    print("\n".join(line.rstrip() for line in lines), file=stream or sys.stdout)
+
+
+def out(text: str) -> None:
+    """A line of the result."""
+    print(text)  # noqa: T201
+
+
+def note(text: str) -> None:
+    """A line for the user beside the result."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def print_json(content: Any) -> None:
+    """The result for programs: one JSON document. What is no number in JSON (NaN, infinity) becomes null."""
+    out(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
+    """A table without frame. A column whose name begins with ">" is aligned to the right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), title_style="bold")
+    for name in columns:
+        right = name.startswith(">")
+        made.add_column(
+            Text(name.removeprefix(">")), justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
+    for row in rows:
+        made.add_row(*(Text(str(cell)) for cell in row))
+    return made
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> Table:
+    """Two columns without a header: what, and its value."""
+    made = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for key, value in rows:
+        made.add_row(Text(key), Text(value))
+    return made
+
+
+def human_bytes(n: float) -> str:
+    """ "7.88 MiB": three digits, units of 1024."""
+    size, unit = float(n), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1000 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{digits(size)} {unit}"
+
+
+def digits(value: float) -> str:
+    """Three digits: 0.123, 1.23, 12.3, 123."""
+    magnitude = abs(value)
+    return f"{value:.{2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0}f}"
+
+
+def human_time(seconds: float) -> str:
+    """ "0.28 s", "84 s", "12:05 min", "3:07:10 h"."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s" if seconds < 0.95 else f"{seconds:.1f} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h"
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def once_each(messages: Iterable[str]) -> list[str]:
+    """Messages without repetitions, in order; of many, the first ones and how many more there are."""
+    distinct = list(dict.fromkeys(messages))
+    return (
+        distinct
+        if len(distinct) <= FEW
+        else [*distinct[: FEW - 1], f"… and {len(distinct) - FEW + 1} more, in the report"]
+    )
