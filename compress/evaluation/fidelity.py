@@ -35,7 +35,7 @@ class Scores:
     n_scored: int = 0
 
     def add(self, logits: Tensor, norm: Tensor, targets: Tensor, counts: Tensor) -> None:
-        """Count the predictions of `targets` [tokens] where `counts`; `norm` is the logsumexp of `logits` [tokens, vocabulary]."""
+        """Count the predictions of `targets` [tokens] where `counts`. `norm` is the logsumexp of `logits`."""
         nll = norm - logits.gather(1, targets[:, None])[:, 0]
         self.nll += float(nll[counts].double().sum())
         self.n_scored += int(counts.sum())
@@ -54,13 +54,10 @@ def score(windows: Windows, hidden: HiddenStates, logits: Logits, vocab_size: in
     """Negative log-likelihood of the text under one model, from its final normed hidden states (batches of windows)."""
     scores = Scores()
     for normed, targets, counts in _chunks(windows, hidden, vocab_size):
-        nll = _nll(logits(normed).float()[0], targets)[counts]
-        if not torch.isfinite(nll).all():
-            raise NumericsError(
-                f"{where}: the logits are not finite; the model is broken: see the report's layer losses"
-            )
-        scores.nll += float(nll.double().sum())
-        scores.n_scored += int(counts.sum())
+        values = logits(normed).float()[0]
+        scores.add(values, values.logsumexp(-1), targets, counts)
+    if not math.isfinite(scores.nll):
+        raise NumericsError(f"{where}: the logits are not finite; the model is broken: see the report's layer losses")
     return scores
 
 
