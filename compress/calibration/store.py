@@ -33,11 +33,10 @@ class ScratchFile:
         return offset
 
     def write(self, offset: int, data: memoryview) -> None:
-        if self._descriptor is None:
-            descriptor, name = tempfile.mkstemp(prefix=".activations-", dir=self._folder)
-            os.unlink(name)
-            self._descriptor = descriptor
         try:
+            if self._descriptor is None:
+                self._descriptor, name = tempfile.mkstemp(prefix=".activations-", dir=self._folder)
+                os.unlink(name)
             while data:
                 n = os.pwrite(self._descriptor, data, offset)
                 data, offset = data[n:], offset + n
@@ -99,6 +98,7 @@ class HiddenStates:
         self._held: list[Tensor | None] = [None] * len(shapes)
         self._file = ScratchFile(folder)
         self._slots: dict[int, int] = {}
+        self.finite = True  # whether everything that was ever put here was
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -114,6 +114,7 @@ class HiddenStates:
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
         assert tuple(hidden.shape) == self.shapes[batch] and hidden.dtype == self.dtype
         hidden = hidden.cpu().contiguous()
+        self.finite = self.finite and bool(torch.isfinite(hidden).all())
         if self.in_memory[batch]:
             self._held[batch] = hidden
             return

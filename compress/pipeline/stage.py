@@ -174,12 +174,11 @@ class Stage:
                 stream.finish()
         self.model.unload_block(index)
         del block, unchanged, stream
-        for batch in range(len(hidden)):
-            if not torch.isfinite(hidden[batch]).all():
-                raise NumericsError(
-                    f"{self.plan.architecture.blocks[index]}: its output is not finite after compression; try "
-                    f"calibration.dtype=float32 or more bits, or check the checkpoint with: compress inspect"
-                )
+        if not hidden.finite:
+            raise NumericsError(
+                f"{self.plan.architecture.blocks[index]}: its output is not finite after compression; try "
+                f"calibration.dtype=float32 or more bits, or check the checkpoint with: compress inspect"
+            )
         entry = self._write_block(index, outcomes)
         with self.watch("read back"):
             self._check_probe(index, entry, probe, hidden[0])
