@@ -223,12 +223,14 @@ def main() -> int:
     chosen = settings(tuple(options.bits))
     tables = {}
     for title, problems in (
-        ("synthetic layers, correlated inputs", synthetic()),
+        ("synthetic layers, correlated inputs", synthetic(options.synthetic)),
         (
             f"{options.model.name}",
             from_model(options.model, options.text, options.rows, options.length, options.blocks),
         ),
     ):
+        if not problems:
+            continue
         tables[title] = compare(reference, problems, chosen)
         if not options.json:
             show(title, tables[title], chosen)
