@@ -212,9 +212,8 @@ def main() -> int:
     parser.add_argument("--text", type=Path, default=shipped.calibration_text_path(), help="calibration text [shipped]")
     parser.add_argument("--rows", type=int, default=32, help="rows of calibration text [32]")
     parser.add_argument("--length", type=int, default=256, help="tokens per row [256]")
-    parser.add_argument(
-        "--blocks", type=int, nargs="*", default=[0, 3], help="decoder blocks to take linears from [0 3]"
-    )
+    parser.add_argument("--blocks", type=int, nargs="*", default=[3], help="decoder blocks to take linears from [3]")
+    parser.add_argument("--synthetic", type=int, default=1, help="synthetic layers, 0: none [1]")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], help="[4 3 2]")
     parser.add_argument("--json", action="store_true", help="print the tables as JSON")
     options = parser.parse_args()
