@@ -176,14 +176,25 @@ def check_source(source: Source, architecture: Architecture, specs: dict[str, Mo
             elif not (site.kind == "head" and architecture.tied):
                 _check_tensor(source, f"{name}.weight", None)
 
+    table = f"{architecture.embedding.linears[0]}.weight"
+    if table in source.infos and source.infos[table].shape[:1] != (architecture.vocab_size,):
+        raise CheckpointError(
+            f"{source.folder or source.name}: tensor {table} has shape {source.infos[table].shape}, config.json has "
+            f"vocab_size={architecture.vocab_size}; the weights do not belong to this config.json: fetch both again"
+        )
+
 
 def _check_tensor(source: Source, name: str, shape: tuple[int, ...] | None) -> None:
     info = source.infos.get(name)
     where = source.folder or source.name
     if info is None:
-        raise CheckpointError(f"{where}: tensor {name} is missing; the weights do not belong to this config.json")
+        raise CheckpointError(
+            f"{where}: tensor {name} is missing; the weights do not belong to this config.json: fetch both again"
+        )
     if shape is not None and info.shape != shape:
-        raise CheckpointError(f"{where}: tensor {name} has shape {info.shape}, config.json describes {shape}")
+        raise CheckpointError(
+            f"{where}: tensor {name} has shape {info.shape}, config.json describes {shape}; fetch both again"
+        )
 
 
 def stored_float_dtype(source: Source) -> str:

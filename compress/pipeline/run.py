@@ -14,13 +14,23 @@ from compress.errors import CheckpointError, RecipeError
 from compress.pipeline.estimate import PROBE_TOKENS, available_memory
 from compress.pipeline.journal import Journal, check_free, folder_lock, open_journal
 from compress.pipeline.meter import Meter
-from compress.pipeline.output import CONFIG, REPORT, check_output, discard, finished_report, leave, note_files
+from compress.pipeline.output import (
+    CONFIG,
+    REPORT,
+    WORK_FOLDER,
+    check_output,
+    discard,
+    finished_report,
+    leave,
+    note_files,
+)
 from compress.pipeline.plan import Plan, plan
 from compress.pipeline.progress import Progress, Silent
 from compress.recipe import Recipe
 
 ACTIVATION_SHARE = 4  # a quarter of the available memory may hold activations; more goes to disk
-DISK_SLACK = 64 * 2**20
+DISK_SLACK = 4 * 2**20  # for all that is not weights …
+DISK_SHARE = 0.01  # … and this share of the weights, for what a file system needs itself
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,13 @@ def run(
             check_output(folder, recipe.model.path)
             check_free(folder)
             planned = plan(recipe)
-            check_room(planned, folder, progress)
+            stored = None if overwrite else finished_report(folder, work_header(planned))
+            if stored is None:
+                check_room(planned, folder, progress)
         if on_plan is not None:
             on_plan(planned)
+        if stored is not None and not (folder / WORK_FOLDER).exists():
+            return RunResult(folder, planned, stored, already_finished=True)
         with folder_lock(folder):
             return _run_locked(planned, folder, machine, overwrite, progress, meter)
     finally:
@@ -233,7 +247,7 @@ def check_room(planned: Plan, folder: Path, progress: Progress) -> None:
     while not existing.exists():
         existing = existing.parent
     present = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    needed = planned.bytes_total_after + DISK_SLACK - present
+    needed = int(planned.bytes_total_after * (1 + DISK_SHARE)) + DISK_SLACK - present
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(
