@@ -30,6 +30,7 @@ from tests.tiny_models import save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LONGEST_LINE = 700
+CONFIG = "config.json"
 RTN = [{"rtn": {"bits": 4, "group_size": 32}}]
 GPTQ = [{"gptq": {"bits": 4, "group_size": 32}}]
 
@@ -238,6 +239,47 @@ def offline(w: Workspace) -> None:
     w.recipe["model"] = "nobody/nothing"
 
 
+def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Workspace], None]:
+    return lambda w: w.header(change)
+
+
+def config(**changes: Any) -> Callable[[Workspace], None]:
+    return lambda w: w.config(**changes)
+
+
+def index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Workspace], None]:
+    return lambda w: w.index(change)
+
+
+def mapped(files: dict[str, str]) -> Callable[[Workspace], None]:
+    return lambda w: w.index(lambda i: i["weight_map"].update(files))
+
+
+def without(tensor: str) -> Callable[[Workspace], None]:
+    return lambda w: w.tensors(lambda t: t.pop(tensor))
+
+
+def fails(function: str, number: int, at: str = "", nth: int = 1) -> Callable[[Workspace], None]:
+    return lambda w: w.fails(function, number, at, nth)
+
+
+def steps(**keys: Any) -> Callable[[Workspace], None]:
+    return settings(steps=[{**RTN[0], **keys}])
+
+
+def beyond_float16(w: Workspace) -> None:
+    poke(EMBEDDING, 1e30)(w)
+    settings(model={"path": str(w.model), "dtype": "float16"})(w)
+
+
+def no_room(w: Workspace) -> None:
+    w.patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+
+
+def cut_shard(out: Path) -> None:
+    os.truncate(next(out.glob("*00002-of*")), 9)
+
+
 def header_of(content: bytes) -> Callable[[Workspace], None]:
     return lambda w: w.shard.write_bytes(len(content).to_bytes(8, "little") + content + bytes(64))
 
@@ -258,13 +300,13 @@ FAULTS = [
     Fault("config.json is no JSON", C, ("config.json", "not JSON", "fetch it again"), replace("config.json", "{,\n}")),
     Fault("config.json is a list", C, ("config.json", "object is expected", "list"), replace("config.json", "[1]")),
     Fault("config.json nested", C, ("config.json", "nested"), replace("config.json", "[" * 100_000)),
-    Fault("unknown family", R, ("model", "'lama'", "'llama'"), lambda w: w.config(model_type="lama")),
-    Fault("wrong type in config", C, ("hidden_act", "mend it"), lambda w: w.config(hidden_act=[1])),
-    Fault("unknown activation", C, ("config.json", "'abc'", "mend it"), lambda w: w.config(hidden_act="abc")),
-    Fault("positions no number", C, ("max_position_embeddings='x'",), lambda w: w.config(max_position_embeddings="x")),
-    Fault("other width in config", C, ("32", "config.json"), lambda w: w.config(intermediate_size=32)),
-    Fault("other vocabulary in config", C, ("embed_tokens", "288", "vocab_size=300"), lambda w: w.config(vocab_size=300)),
-    Fault("more blocks in config", C, ("num_hidden_layers=5", "mend"), lambda w: w.config(num_hidden_layers=5)),
+    Fault("unknown family", R, ("model", "'lama'", "'llama'"), config(model_type="lama")),
+    Fault("wrong type in config", C, ("hidden_act", "mend it"), config(hidden_act=[1])),
+    Fault("unknown activation", C, ("config.json", "'abc'", "mend it"), config(hidden_act="abc")),
+    Fault("positions no number", C, ("max_position_embeddings='x'",), config(max_position_embeddings="x")),
+    Fault("other width in config", C, ("32", "config.json"), config(intermediate_size=32)),
+    Fault("other vocabulary in config", C, ("embed_tokens", "288", "vocab_size=300"), config(vocab_size=300)),
+    Fault("more blocks in config", C, ("num_hidden_layers=5", "mend"), config(num_hidden_layers=5)),
     Fault("quantized by gptq", C, ("model", "'gptq'", "use the original"), quantized_by("gptq")),
     Fault("quantized by awq", C, ("model", "'awq'", "use the original"), quantized_by("awq")),
     Fault("pickled weights", C, ("model", "pickle", "safetensors"), only("pytorch_model.bin")),
@@ -278,29 +320,34 @@ FAULTS = [
     Fault("header is no JSON", C, ("model.safetensors", "unreadable", "fetch it again"), header_of(b"\xff{ab\n\x00")),
     Fault("header is a list", C, ("model.safetensors", "unreadable", "fetch it again"), header_of(b"[1, 2, 3]")),
     Fault("header nested", C, ("model.safetensors", "unreadable", "fetch it again"), header_of(b"[" * 100_000)),
-    Fault("offsets overlap", C, ("overlaps", "fetch it again"), lambda w: w.header(lambda h: h.update({EMBEDDING: h[HEAD]}))),
-    Fault("offsets huge", C, (HEAD, "impossible"), lambda w: w.header(lambda h: h[HEAD].update(data_offsets=[0, 2**70]))),
-    Fault("offsets infinite", C, (HEAD, "impossible"), lambda w: w.header(lambda h: h[HEAD].update(data_offsets=[0, 1e999]))),
-    Fault("offsets negative", C, (HEAD, "impossible"), lambda w: w.header(lambda h: h[HEAD].update(data_offsets=[-8, 8]))),
-    Fault("shape huge", C, (HEAD, "takes"), lambda w: w.header(lambda h: h[HEAD].update(shape=[2**60, 64]))),
-    Fault("unknown dtype", C, (HEAD, "'F4'", "BF16"), lambda w: w.header(lambda h: h[HEAD].update(dtype="F4"))),
-    Fault("name of two lines", C, ("model.safetensors", "\\n"), lambda w: w.header(lambda h: h.update({"a\nb": h.pop(HEAD)}))),
+    Fault("offsets overlap", C, ("overlaps", "fetch it again"), header(lambda h: h.update({EMBEDDING: h[HEAD]}))),
+    Fault("offsets huge", C, (HEAD, "impossible"), header(lambda h: h[HEAD].update(data_offsets=[0, 2**70]))),
+    Fault("offsets infinite", C, (HEAD, "impossible"), header(lambda h: h[HEAD].update(data_offsets=[0, 1e999]))),
+    Fault("offsets negative", C, (HEAD, "impossible"), header(lambda h: h[HEAD].update(data_offsets=[-8, 8]))),
+    Fault("shape huge", C, (HEAD, "takes"), header(lambda h: h[HEAD].update(shape=[2**60, 64]))),
+    Fault("unknown dtype", C, (HEAD, "'F4'", "BF16"), header(lambda h: h[HEAD].update(dtype="F4"))),
+    Fault("name of two lines", C, ("model.safetensors", "\\n"), header(lambda h: h.update({"a\nb": h.pop(HEAD)}))),
     Fault("missing shard", C, ("00002-of", "missing", "fetch"), lambda w: next(w.sharded().parent.glob("*00002-of*")).unlink()),
-    Fault("index names no file", C, ("index.json", "weight_map"), lambda w: w.index(lambda i: i.update(weight_map={"a": 1}))),
-    Fault("index without map", C, ("index.json", "weight_map"), lambda w: w.index(lambda i: i.pop("weight_map"))),
-    Fault("index names an absent shard", C, ("x.safetensors", "missing"), lambda w: w.index(lambda i: i["weight_map"].update({HEAD: "x.safetensors"}))),
-    Fault("index names an absent tensor", C, ("'ghost'", "fetch it again"), lambda w: w.index(lambda i: i["weight_map"].update(ghost=i["weight_map"][HEAD]))),
-    Fault("missing linear", C, ("layers.1.mlp.up_proj.weight", "missing"), lambda w: w.tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))),
-    Fault("missing norm", C, ("layers.1.input_layernorm.weight", "missing"), lambda w: w.tensors(lambda t: t.pop("model.layers.1.input_layernorm.weight"))),
-    Fault("cannot be read", C, ("model.safetensors", "Input/output error", "disk"), lambda w: w.fails("preadv", errno.EIO, "model.safetensors", 9)),
+    Fault("index names no file", C, ("index.json", "weight_map"), index(lambda i: i.update(weight_map={"a": 1}))),
+    Fault("index without map", C, ("index.json", "weight_map"), index(lambda i: i.pop("weight_map"))),
+    Fault("index names an absent shard", C, ("x.safetensors", "missing"), mapped({HEAD: "x.safetensors"})),
+    Fault("index names an absent tensor", C, ("'ghost'", "fetch it again"),
+          mapped({"ghost": "model-00001-of-00004.safetensors"})),
+    Fault("missing linear", C, ("layers.1.mlp.up_proj.weight", "missing"), without("model.layers.1.mlp.up_proj.weight")),
+    Fault("missing norm", C, ("layers.1.input_layernorm.weight", "missing"), without("model.layers.1.input_layernorm.weight")),
+    Fault("cannot be read", C, ("model.safetensors", "Input/output error", "disk"),
+          fails("preadv", errno.EIO, "model.safetensors", 9)),
     # its numbers
-    Fault("NaN in a linear", C, ("layers.1.mlp.up_proj.weight", "NaN", "fetch it again"), poke("model.layers.1.mlp.up_proj.weight", torch.nan)),
-    Fault("infinity in a linear", C, ("layers.2.mlp.up_proj.weight", "infinity", "fetch it again"), poke("model.layers.2.mlp.up_proj.weight", torch.inf)),
-    Fault("NaN in a norm", C, ("layers.0.input_layernorm.weight", "NaN"), poke("model.layers.0.input_layernorm.weight", torch.nan)),
+    Fault("NaN in a linear", C, ("layers.1.mlp.up_proj.weight", "NaN", "fetch it again"),
+          poke("model.layers.1.mlp.up_proj.weight", torch.nan)),
+    Fault("infinity in a linear", C, ("layers.2.mlp.up_proj.weight", "infinity", "fetch it again"),
+          poke("model.layers.2.mlp.up_proj.weight", torch.inf)),
+    Fault("NaN in a norm", C, ("layers.0.input_layernorm.weight", "NaN"),
+          poke("model.layers.0.input_layernorm.weight", torch.nan)),
     Fault("NaN in the final norm", C, ("model.norm.weight", "NaN"), poke("model.norm.weight", torch.nan)),
     Fault("NaN in the token table", C, (EMBEDDING, "NaN"), poke(EMBEDDING, torch.nan)),
     Fault("NaN in the head", C, (HEAD, "NaN", "fetch it again"), poke(HEAD, torch.nan)),
-    Fault("beyond float16", N, ("embed_tokens", "float16", "bfloat16"), lambda w: (poke(EMBEDDING, 1e30)(w), settings(model={"path": str(w.model), "dtype": "float16"})(w))),
+    Fault("beyond float16", N, ("embed_tokens", "float16", "bfloat16"), beyond_float16),
     # its tokenizer
     Fault("no tokenizer", C, ("model", "tokenizer", "copy"), remove("tokenizer.json")),
     Fault("another model's tokenizer", C, ("499", "288", "another model's tokenizer"), vocabulary(500)),
@@ -315,13 +362,14 @@ FAULTS = [
     Fault("data set out of reach", R, ("owner/set", "use files", "shipped"), settings(calibration__data="owner/set")),
     Fault("no text named", R, ("calibration.data", "shipped"), settings(calibration__data=None)),
     Fault("longer than the model", R, ("calibration.length", "512", "256"), settings(calibration__length=512)),
-    Fault("evaluation too long", R, ("evaluation.length", "512", "256"), settings(evaluation={"data": "shipped", "length": 512})),
+    Fault("evaluation too long", R, ("evaluation.length", "512", "256"),
+          settings(evaluation={"data": "shipped", "length": 512})),
     Fault("evaluation text not found", R, ("evaluation.data", "gone.txt"), settings(evaluation={"data": "/gone/gone.txt"})),
     # the recipe
     Fault("group does not divide", R, ("group_size", "48", "64"), settings(steps=[{"rtn": {"bits": 4, "group_size": 48}}])),
-    Fault("pattern without layers", R, ("steps.0", "*.up_prj"), settings(steps=[{**RTN[0], "layers": "*.up_prj"}])),
-    Fault("override without layers", R, ("steps.0", "*.down_prj"), settings(steps=[{**RTN[0], "overrides": {"*.down_prj": {"bits": 8}}}])),
-    Fault("all layers skipped", R, ("steps.0", "skip"), settings(steps=[{**RTN[0], "skip": "*"}])),
+    Fault("pattern without layers", R, ("steps.0", "*.up_prj"), steps(layers="*.up_prj")),
+    Fault("override without layers", R, ("steps.0", "*.down_prj"), steps(overrides={"*.down_prj": {"bits": 8}})),
+    Fault("all layers skipped", R, ("steps.0", "skip"), steps(skip="*")),
     Fault("no such device", R, ("--device abc", "--device cpu"), lambda w: setattr(w, "machine", Machine(device="abc"))),
     # the folder of the result
     Fault("out is a file", R, ("text.txt", "is a file", "--out"), out_is("text.txt")),
@@ -331,22 +379,26 @@ FAULTS = [
     Fault("out is the model that it made", R, ("out", "model itself", "--out"), result_into_itself, keeps=True),
     Fault("out is not ours", R, ("out", "not made by compress", "--out"), foreign, keeps=True),
     Fault("unfinished with another recipe", R, ("out", "another recipe", "--overwrite"), other_recipe, keeps=True),
-    Fault("finished with another recipe", R, ("out", "result of another run", "--overwrite"), lambda w: finished(w, GPTQ), keeps=True),
-    Fault("finished and cut", C, ("00002-of", "changed", "--overwrite"), finished_and(lambda out: os.truncate(next(out.glob("*00002-of*")), 9)), keeps=True),
-    Fault("finished without config", C, ("config.json", "missing", "--overwrite"), finished_and(lambda out: (out / "config.json").unlink()), keeps=True),
-    Fault("report is no JSON", C, ("compress_report.json", "--overwrite"), finished_and(lambda out: (out / "compress_report.json").write_text("{")), keeps=True),
+    Fault("finished with another recipe", R, ("out", "result of another run", "--overwrite"),
+          lambda w: finished(w, GPTQ), keeps=True),
+    Fault("finished and cut", C, ("00002-of", "changed", "--overwrite"), finished_and(cut_shard), keeps=True),
+    Fault("finished without config", C, ("config.json", "missing", "--overwrite"),
+          finished_and(lambda out: (out / CONFIG).unlink()), keeps=True),
+    Fault("report is no JSON", C, ("compress_report.json", "--overwrite"),
+          finished_and(lambda out: (out / REPORT).write_text("{")), keeps=True),
     Fault("another run is at it", C, ("out", "another run", "wait"), locked, keeps=True),
-    Fault("no room from the start", C, ("out", "MiB free", "--out"), lambda w: w.patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))),
-    Fault("disk full at a shard", C, ("00003-of", "disk is full", "finished blocks are kept"), lambda w: w.fails("fsync", errno.ENOSPC, "00003-of")),
-    Fault("disk full at a rename", C, ("00003-of", "disk is full"), lambda w: w.fails("replace", errno.ENOSPC, "00003-of")),
-    Fault("disk full at the journal", C, ("journal", "disk is full"), lambda w: w.fails("fsync", errno.ENOSPC, "journal.jsonl", 4)),
-    Fault("disk full at the tokenizer", C, ("tokenizer.json", "disk is full"), lambda w: w.fails("fsync", errno.ENOSPC, "tokenizer.json")),
-    Fault("disk full at config.json", C, ("config.json", "disk is full"), lambda w: w.fails("replace", errno.ENOSPC, "out/config.json")),
+    Fault("no room from the start", C, ("out", "MiB free", "--out"), no_room),
+    Fault("disk full at a shard", C, ("00003-of", "disk is full", "finished blocks are kept"),
+          fails("fsync", errno.ENOSPC, "00003-of")),
+    Fault("disk full at a rename", C, ("00003-of", "disk is full"), fails("replace", errno.ENOSPC, "00003-of")),
+    Fault("disk full at the journal", C, ("journal", "disk is full"), fails("fsync", errno.ENOSPC, "journal.jsonl", 4)),
+    Fault("disk full at the tokenizer", C, ("tokenizer.json", "disk is full"), fails("fsync", errno.ENOSPC, "tokenizer.json")),
+    Fault("disk full at config.json", C, ("config.json", "disk is full"), fails("replace", errno.ENOSPC, "out/config.json")),
     Fault("disk full of activations", C, (".compress", "activations", "the disk is full", "calibration.samples"), spilled),
-    Fault("quota used up", C, ("quota", "00003-of"), lambda w: w.fails("fsync", errno.EDQUOT, "00003-of")),
-    Fault("disk breaks", C, ("00003-of", "Input/output error"), lambda w: w.fails("fsync", errno.EIO, "00003-of")),
-    Fault("read-only disk", C, ("out", "read-only", "--out"), lambda w: w.fails("mkdir", errno.EROFS)),
-    Fault("no permission", C, ("out", "no permission", "--out"), lambda w: w.fails("mkdir", errno.EACCES)),
+    Fault("quota used up", C, ("quota", "00003-of"), fails("fsync", errno.EDQUOT, "00003-of")),
+    Fault("disk breaks", C, ("00003-of", "Input/output error"), fails("fsync", errno.EIO, "00003-of")),
+    Fault("read-only disk", C, ("out", "read-only", "--out"), fails("mkdir", errno.EROFS)),
+    Fault("no permission", C, ("out", "no permission", "--out"), fails("mkdir", errno.EACCES)),
     Fault("no locks there", C, ("out", "cannot be locked", "--out"), lambda w: w.patch.setattr("fcntl.flock", _no_locks)),
 ]  # fmt: skip
 
@@ -542,8 +594,8 @@ def test_a_recipe_with_one_field_wrong(
     from compress.cli.main import main
 
     recipe: dict[str, Any] = {
-        "model": {"path": "shipped"}, "calibration": {"data": "shipped", "samples": 4, "length": 32}, "steps": [{"gptq": {"bits": 4}}],
-        "evaluation": {"data": "shipped"}, "output": {"format": "auto"},
+        "model": {"path": "shipped"}, "calibration": {"data": "shipped", "samples": 4, "length": 32},
+        "steps": [{"gptq": {"bits": 4}}], "evaluation": {"data": "shipped"}, "output": {"format": "auto"},
     }  # fmt: skip
     put(recipe, path, value)
     with pytest.raises(RecipeError) as caught:
