@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +18,9 @@ from compress.cli.options import (
     Quiet,
     RemoteCode,
     Revision,
+    check_device,
     parse_size,
+    refuse_unfinished,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +75,8 @@ def evaluate(
     \b
     Example:  compress eval out/demo --reference shipped
     """
+    for folder in filter(None, (model, reference)):
+        refuse_unfinished(folder)
     from compress.calibration.data import check_data
     from compress.cli.progress import Display
     from compress.cli.show import print_json
@@ -80,20 +87,33 @@ def evaluate(
         "data": tuple(data) if data else None, "split": split, "subset": subset, "column": column, "length": length,
         "stride": stride, "max_tokens": max_tokens,
     }  # fmt: skip
-    settings = _settings({key: value for key, value in given.items() if value is not None})
     activation_bytes = None if activation_memory is None else parse_size(activation_memory, "--activation-memory")
-    check_data(settings, "--data")
-    with Display(quiet) as display:
+    with _flags_named(), Display(quiet) as display:
+        settings = _settings({key: value for key, value in given.items() if value is not None})
+        check_data(settings, "evaluation")
         found = measure(
             model,
             reference=reference,
             settings=settings,
-            machine=Machine(device, activation_bytes),
+            machine=Machine(check_device(device), activation_bytes),
             progress=display,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
     print_json(found) if as_json else _print(found)
+
+
+@contextmanager
+def _flags_named() -> Iterator[None]:
+    """Errors that speak of a recipe's `evaluation.max_tokens` speak of --max-tokens instead."""
+    from compress.errors import RecipeError
+
+    try:
+        yield
+    except RecipeError as error:
+        text = re.sub(r"--set evaluation\.(\w+)=", r"evaluation.\1 ", str(error))
+        text = re.sub(r"evaluation\.(\w+)", lambda field: "--" + field[1].replace("_", "-"), text)
+        raise RecipeError(text) from error
 
 
 def _settings(given: dict[str, Any]) -> Evaluation:
@@ -106,7 +126,7 @@ def _settings(given: dict[str, Any]) -> Evaluation:
     try:
         return Evaluation(**given)
     except ValidationError as error:
-        raise RecipeError(f"--{one_line(error, Evaluation).replace('max_tokens', 'max-tokens', 1)}") from None
+        raise RecipeError(f"evaluation.{one_line(error, Evaluation)}") from None
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -9,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.options import Debug, Device, Json, ModelFolder, Quiet, RemoteCode, Revision
+from compress.cli.options import (
+    Debug,
+    Device,
+    Json,
+    ModelFolder,
+    Quiet,
+    RemoteCode,
+    Revision,
+    check_device,
+    refuse_unfinished,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +69,7 @@ def generate(
     Example:  compress generate out/demo --prompt "It was a dark night"
     """
     from compress.cli.show import note, out, print_json
+    from compress.cli.signals import Ended
     from compress.errors import RecipeError
 
     if greedy and temperature:
@@ -65,12 +77,15 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise RecipeError("--prompt: is empty; give the text to go on from")
+    refuse_unfinished(model)
     import torch
 
     from compress.checkpoint.load import load
     from compress.pipeline.run import Machine, compute_device
 
-    place = compute_device(Machine(device))
+    if quiet or not sys.stderr.isatty():
+        _hide_bars()
+    place = compute_device(Machine(check_device(device)))
     loaded = load(model, device=place, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(loaded, trust_remote_code)
     template = bool(getattr(tokenizer, "chat_template", None))
@@ -89,7 +104,10 @@ def generate(
     streamer = None if as_json else _streamer(tokenizer, skip_prompt=as_message)
     start = time.perf_counter()
     heat = 0.0 if greedy else TEMPERATURE if temperature is None else temperature
-    made = _generate(loaded, ids.to(place), n_new, heat, streamer)
+    try:
+        made = _generate(loaded, ids.to(place), n_new, heat, streamer)
+    except BrokenPipeError:
+        raise Ended(signal.SIGPIPE) from None
     seconds = time.perf_counter() - start
     new = made[0, ids.shape[1] :]
     if as_json:
@@ -98,6 +116,12 @@ def generate(
     elif not quiet:
         out("") if not sys.stdout.isatty() else None
         note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} per second")
+
+
+def _hide_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _tokenizer(model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:

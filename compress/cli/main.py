@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import traceback
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +27,7 @@ from compress.cli.options import State
 from compress.cli.plan import plan
 from compress.cli.recipes import recipes
 from compress.cli.run import run
+from compress.cli.signals import Ended, raised
 from compress.errors import CompressError, RecipeError
 
 FAILED, WRONG_USE = 1, 2
@@ -69,28 +69,22 @@ def top(
         print(context.get_help())  # noqa: T201
 
 
-class Ended(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, made to unwind the stack as Ctrl-C does."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line. Returns: the exit code (see the top of this file)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     State.debug = False
     quiet_libraries()
-    _catch_signals()
     try:
-        code = typer.main.get_command(app).main(args=arguments, prog_name="compress", standalone_mode=False)
-        sys.stdout.flush()
+        with raised():
+            code = typer.main.get_command(app).main(args=arguments, prog_name="compress", standalone_mode=False)
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except (KeyboardInterrupt, typer.Abort) as ended:
-        number = ended.number if isinstance(ended, Ended) else signal.SIGINT
-        _say("interrupted" if number == signal.SIGINT else f"ended by {ended}")
-        return BY_SIGNAL + number
+    except Ended as ended:
+        if ended.number == signal.SIGPIPE:
+            _drop_output()
+        else:
+            _say("interrupted" if ended.number == signal.SIGINT else f"ended by {ended}")
+        return BY_SIGNAL + ended.number
     except BrokenPipeError:
         _drop_output()
         return BY_SIGNAL + signal.SIGPIPE
@@ -140,17 +134,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-
-def _catch_signals() -> None:
-    """SIGTERM and SIGHUP end a run as Ctrl-C does, unless whoever started us wants them ignored (nohup)."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Ended(number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, end)
 
 
 def _one_line(text: str) -> str:

@@ -32,6 +32,13 @@ def parse_size(text: str, option: str) -> int:
     return int(float(found[1]) * unit)
 
 
+def check_device(name: str) -> str:
+    """`name`, if it is a kind of device that we compute on; whether there is one shows when it is used."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise RecipeError(f"--device {name}: not a device that is used here; choose auto, cpu, cuda or cuda:1")
+    return name
+
+
 class State:
     """What `--debug` says, for `main`, which prints the errors of every verb."""
 

@@ -77,7 +77,7 @@ class Display:
             self._bar.add_task(phase, total=total)
             self._bar.start()
         elif not self.quiet:
-            note(f"{phase}: {self.count()}")
+            note(f"{phase}: {total} {unit}{plural(total)}")
             self._line_at = time.monotonic()
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
@@ -92,7 +92,8 @@ class Display:
     def end(self) -> None:
         self.stop()
         if not self.quiet:
-            note(f"{self._phase}: {self.count()} in {human_time(self._pace.elapsed)}, {self.memory()}")
+            done = f"{self.count()} in " if self._pace.done else ""
+            note(f"{self._phase}: {done}{human_time(self._pace.elapsed)}, {self.memory()}")
 
     def note(self, message: str) -> None:
         self.notes.append(message)
@@ -104,8 +105,7 @@ class Display:
             note(f"note: {message}")
 
     def count(self) -> str:
-        plural = "" if self._pace.total == 1 else "s"
-        return f"{self._pace.done}/{self._pace.total} {self._unit}{plural}"
+        return f"{self._pace.done}/{self._pace.total} {self._unit}{plural(self._pace.total)}"
 
     def memory(self) -> str:
         now = anonymous_bytes()
@@ -130,6 +130,10 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def plural(n: int) -> str:
+    return "" if n == 1 else "s"
 
 
 class _Status(TextColumn):

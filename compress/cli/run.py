@@ -18,6 +18,7 @@ from compress.cli.options import (
     Overrides,
     Quiet,
     RecipeFile,
+    check_device,
     default_out,
     parse_size,
     recipe_overrides,
@@ -59,12 +60,13 @@ def run(
     """
     from compress.cli.progress import Display
     from compress.cli.show import note, print_json, show
+    from compress.cli.signals import Ended
     from compress.cli.summary import print_report
     from compress.pipeline import run as pipeline
     from compress.recipe import Recipe
 
     activation_bytes = None if activation_memory is None else parse_size(activation_memory, "--activation-memory")
-    machine = pipeline.Machine(device, activation_bytes)
+    machine = pipeline.Machine(check_device(device), activation_bytes)
     loaded = Recipe.load(recipe, recipe_overrides(model, overrides))
     folder = Path(out or loaded.output.path or default_out(recipe)).expanduser()
 
@@ -81,7 +83,7 @@ def run(
             result = pipeline.run(
                 loaded, folder, machine=machine, overwrite=overwrite, progress=display, on_plan=show_plan
             )
-        except KeyboardInterrupt:
+        except Ended:
             display.stop()
             note(f"{_finished(folder)}; to go on:  {resume_command(sys.argv[1:])}")
             raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
@@ -15,13 +16,15 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from compress.cli.signals import Ended
+
 PIPE_WIDTH = 200  # columns of a table that goes to a file or another program: nothing may be cut
 FEW = 10  # notes that are printed one by one
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
+        raise Ended(signal.SIGPIPE)
 
 
 def console(stream: IO[str] | None = None) -> Console:
@@ -45,12 +48,19 @@ def show(*renderables: RenderableType, stream: IO[str] | None = None) -> None:
 
 def out(text: str) -> None:
     """A line of the result."""
-    print(text)  # noqa: T201
+    _write(text, sys.stdout)
 
 
 def note(text: str) -> None:
     """A line for the user beside the result."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    _write(text, sys.stderr)
+
+
+def _write(text: str, stream: IO[str]) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:  # `compress … | head`: whoever reads has enough
+        raise Ended(signal.SIGPIPE) from None
 
 
 def print_json(content: Any) -> None:
