@@ -9,11 +9,11 @@ H is damped, H_d = H + damping * mean(diag H) * I, and factored once per site, H
 
 Rows are independent: all layers of a site with equal settings run through one loop, 8192 rows at a time.
 
-Order of the columns (compress/linalg/order.py): "act", largest inputs first, gives 10 to 20 % less loss than "none" on
-trained models; "gar", the same within groups and among groups, about half of that gain. None of them needs an index at
+Order of the columns (compress/linalg/order.py): "act", largest inputs first, gives 6 to 19 % less loss than "none" on a
+trained model; "gar", the same within groups and among groups, about half of that gain. None of them needs an index at
 inference, since grids are fitted on the original weights and a column keeps its group (`static_groups`). The paper fits
 a group's grid when its turn comes, on columns that have taken up the errors of those before: possible with "none" and
-"gar", and worse where we measured it, most of all at 2 bits, where those errors widen the range.
+"gar", a draw at 4 bits and worse at 3 and 2, where those errors widen the range. Figures: scripts/bench_faithful.py.
 
 Departures from the original code: dead inputs get the mean of the diagonal, not 1, so that the scale of H changes
 nothing; they are dropped before grids are fitted; scales are rounded to their stored dtype first; static grids and
