@@ -166,7 +166,7 @@ def _compress(
     progress.begin("check", 1, "model")
     config = finished_config(planned, source)
     with stage.watch("final check"):
-        check_logits(planned, config, folder, batches[0], stage.probe_hidden, stage.model)
+        check_logits(planned, config, folder, stage.probe_ids, stage.probe_hidden, stage.model)
     finish(planned, source, folder, config)
     progress.end()
     stage.model.close()
