@@ -55,6 +55,9 @@ def schema() -> str:
     return json.dumps(json_schema(), indent=1) + "\n"
 
 
+KINDS = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text"}
+
+
 def section(name: str) -> Iterable[str]:
     """The fields of a section of the recipe."""
     import compress.recipe
@@ -117,7 +120,7 @@ def _type(field: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if field.get("type") == "array":
         return "list"
-    kind = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text"}[field["type"]]
+    kind = KINDS[field["type"]]
     low = [f"{sign} {field[key]}" for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">")) if key in field]
     high = [f"{sign} {field[key]}" for key, sign in (("maximum", "≤"), ("exclusiveMaximum", "<")) if key in field]
     return " ".join([kind, ", ".join([*low, *high])]).strip()

@@ -2,8 +2,8 @@
 
 Every page is gone through from top to bottom in a folder of its own, with the shipped model. How its blocks are taken:
 
-    ```bash      `compress …` is run, and must succeed; `make …` must be a target; `> FILE` is kept to; `pip install ./DIR`
-                 makes a package that the page wrote importable, entry points included
+    ```bash      `compress …` is run, and must succeed; `make …` must be a target, scripts must exist; `> FILE` is kept to;
+                 `pip install ./DIR` makes a package that the page wrote importable, entry points included
     ```python    is executed; the blocks of a page share their names
     ```yaml      must be a recipe, or a part of one
     ```json, ```toml     must parse
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (file|not run): ([^\n]*?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GENERATED = re.compile(r"<!-- generated:.*?<!-- end -->", re.DOTALL)
-OTHER_COMMANDS = ("pip", "python", "python3", "git", "cd")  # shown, and left to the reader
+OTHER_COMMANDS = ("pip", "python", "python3", "git", "cd", ".", "source", "export")  # shown, and left to the reader
 SAMPLES, LENGTH, TOKENS = 8, 64, 512
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -104,13 +104,18 @@ class Reader:
 
     def command(self, line: str, where: str, run: bool) -> None:
         words = shlex.split(line, comments=True)
+        while re.match(r"\w+=", words[0]):  # OMP_NUM_THREADS=2 compress …
+            del words[0]
+        words[0] = words[0].removeprefix(".venv/bin/")
         if words[0] == "make":
             targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert words[1] in targets, f"{where}: no target {words[1]} in the Makefile"
         elif words[:2] == ["pip", "install"] and words[2].startswith("./"):
             self.install(Path(words[2]))
         elif words[0] != "compress":
-            assert words[0] in OTHER_COMMANDS or words[:2] == [".", ".venv/bin/activate"], f"{where}: {line}"
+            assert words[0] in OTHER_COMMANDS, f"{where}: {line}: a command that nobody knows here"
+            for word in words[1:]:
+                assert not word.startswith("scripts/") or (ROOT / word).exists(), f"{where}: {line}"
         elif run:
             self.run(words[1:], f"{where}: {line}")
         else:
