@@ -98,9 +98,11 @@ def default_out(recipe: str) -> Path:
 
 def refuse_unfinished(model: str) -> None:
     """Raises: CheckpointError if `model` is the folder of a run that was interrupted: it holds no whole model yet."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return
     from compress.errors import CheckpointError
     from compress.pipeline.journal import WORK_FOLDER
 
-    folder = Path(model).expanduser()
-    if (folder / WORK_FOLDER).is_dir() and not (folder / "config.json").exists():
+    if (folder / WORK_FOLDER).is_dir():
         raise CheckpointError(f"{folder}: an unfinished run; give its compress run command again to finish it")

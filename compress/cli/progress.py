@@ -54,7 +54,7 @@ class Display:
         self._live = not quiet and sys.stderr.isatty()
         self._bar: Progress | None = None
         self._pace = Pace(0)
-        self._phase = self._unit = self._detail = ""
+        self._phase = self._unit = ""
         self._peak = 0
         self._line_at = 0.0
 
@@ -68,10 +68,10 @@ class Display:
 
     def begin(self, phase: str, total: int, unit: str) -> None:
         self.stop()
-        self._phase, self._unit, self._detail, self._pace = phase, unit, "", Pace(total)
+        self._phase, self._unit, self._pace = phase, unit, Pace(total)
         if self._live:
             self._bar = Progress(
-                TextColumn("{task.description}", markup=False), BarColumn(), _Status(self),
+                TextColumn("{task.description}", markup=False), BarColumn(16), _Status(self),
                 console=console(sys.stderr), refresh_per_second=4, transient=True,
             )  # fmt: skip
             self._bar.add_task(phase, total=total)
@@ -82,11 +82,10 @@ class Display:
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
         self._pace.advance(steps)
-        self._detail = detail
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], steps)
         elif not self.quiet and time.monotonic() - self._line_at >= LINE_SECONDS:
-            note(f"{self._phase}: {self.status()}")
+            note(f"{self._phase}: {self.status()}{detail and f', {detail}'}")
             self._line_at = time.monotonic()
 
     def end(self) -> None:
@@ -110,14 +109,13 @@ class Display:
     def memory(self) -> str:
         now = anonymous_bytes()
         self._peak = max(self._peak, now)
-        return f"memory {human_bytes(now)}, peak {human_bytes(self._peak)}"
+        return f"{human_bytes(now)} of memory, peak {human_bytes(self._peak)}"
 
     def status(self) -> str:
-        """ "3/6 blocks, 42 s, 40 s to go, memory …" """
+        """ "3/6 blocks, 42 s, 40 s left, 324 MiB of memory, peak 331 MiB" """
         remaining = self._pace.remaining
-        to_go = f"about {human_time(remaining)} to go" if remaining is not None else "time to go not known yet"
-        said = [self.count(), human_time(self._pace.elapsed), to_go, self.memory(), *filter(None, [self._detail])]
-        return ", ".join(said)
+        left = None if remaining is None else f"{human_time(remaining)} left"
+        return ", ".join(filter(None, [self.count(), human_time(self._pace.elapsed), left, self.memory()]))
 
     def repeat_notes(self) -> None:
         """The notes once more, at the end, where they are read."""

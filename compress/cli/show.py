@@ -43,7 +43,7 @@ def show(*renderables: RenderableType, stream: IO[str] | None = None) -> None:
     with screen.capture() as captured:
         screen.print(*renderables, sep="\n")
     lines = captured.get().splitlines()
-    print("\n".join(line.rstrip() for line in lines), file=stream or sys.stdout)
+    _write("\n".join(line.rstrip() for line in lines), stream or sys.stdout)
 
 
 def out(text: str) -> None:
@@ -120,7 +120,7 @@ def digits(value: float) -> str:
 def human_time(seconds: float) -> str:
     """ "0.28 s", "84 s", "12:05 min", "3:07:10 h"."""
     if seconds < 9.95:
-        return f"{seconds:.2g} s" if seconds < 0.95 else f"{seconds:.1f} s"
+        return f"{seconds:.2f} s" if seconds < 0.95 else f"{seconds:.1f} s"
     if seconds < 119.5:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
