@@ -98,7 +98,7 @@ class _Evaluation:
             "text_bytes": windows.n_text_bytes,
             "begins_with_bos": windows.bos,
         }
-        with tempfile.TemporaryDirectory(prefix="compress-eval-") as scratch:
+        with _scratch() as scratch:
             if reference is None:
                 hidden = self.final_hidden(model, windows, Path(scratch))
                 scores = score(windows, hidden, model.logits, model.architecture.vocab_size, str(folder))
@@ -185,3 +185,13 @@ class _Evaluation:
         hidden.close()
         self.progress.end()
         return normed
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for activations that do not fit into memory. Raises: CheckpointError if there is no room for one."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="compress-eval-")
+    except OSError as error:
+        raise CheckpointError(
+            f"no folder for temporary files can be made: {error.strerror or error}; set TMPDIR to one with room"
+        ) from None

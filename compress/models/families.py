@@ -145,6 +145,11 @@ def _check_names(family: Family, settings: Settings, names: Collection[str]) -> 
             f"{prefix}{missing}: config.json has num_hidden_layers={n_blocks}, but no tensor of this block is stored; "
             f"mend config.json or fetch the missing shards"
         )
+    surplus = next((part for part in sorted(present) if part.isdigit() and int(part) >= n_blocks), None)
+    if surplus is not None:
+        raise CheckpointError(
+            f"{prefix}{surplus}: is stored, but config.json has num_hidden_layers={n_blocks}; mend config.json or fetch both again"
+        )
     table = _base(family, names) + family.embeddings[0]
     if not any(name.startswith(f"{table}.") for name in names):
         raise CheckpointError(f"{table}: the token embedding is not stored; load and save the model with transformers")

@@ -307,6 +307,7 @@ FAULTS = [
     Fault("other width in config", C, ("32", "config.json"), config(intermediate_size=32)),
     Fault("other vocabulary in config", C, ("embed_tokens", "288", "vocab_size=300"), config(vocab_size=300)),
     Fault("more blocks in config", C, ("num_hidden_layers=5", "mend"), config(num_hidden_layers=5)),
+    Fault("fewer blocks in config", C, ("layers.2", "num_hidden_layers=2", "mend"), config(num_hidden_layers=2)),
     Fault("quantized by gptq", C, ("model", "'gptq'", "use the original"), quantized_by("gptq")),
     Fault("quantized by awq", C, ("model", "'awq'", "use the original"), quantized_by("awq")),
     Fault("pickled weights", C, ("model", "pickle", "safetensors"), only("pytorch_model.bin")),

@@ -65,7 +65,7 @@ def test_a_70b_model_is_planned_from_headers_alone(text: Path, tmp_path: Path) -
     assert planned.bits_per_weight == pytest.approx(4 + 16 / 128, rel=1e-4)
     assert planned.bytes_before == 2 * planned.n_weights
     block = 4 * planned.n_weights / 80
-    assert block < planned.peak_bytes < 10 * block  # a few blocks (its widest Gram matrix alone is one), however deep
+    assert block < planned.peak_bytes < 7 * block  # a few blocks (its widest Gram matrix alone is one), however deep
     assert planned.format == "compressed-tensors"
     assert (tmp_path / "70b" / "rest.safetensors").stat().st_blocks * 512 < 2**20  # still hollow
 
