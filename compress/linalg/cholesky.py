@@ -32,6 +32,7 @@ from compress.errors import NumericsError
 DAMPING_STEP = 0.01  # by which the fraction grows after a failure; GPTQModel, `damp_auto_increment`
 FLOOR = 1e-6  # of max |diag H|, the first floor
 FLOOR_ATTEMPTS = 6
+STRIPE = 512  # rows copied at a time
 INVERSE_LEAF = 256  # triangles up to this size are inverted by one call; above, by halves, which skips the zeros
 
 
@@ -52,12 +53,21 @@ class InverseFactor:
     n_attempts: int
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
+def inverse_factor(
+    hessian: Tensor, damping: float, order: Tensor | None = None, diagonal: Tensor | None = None
+) -> InverseFactor:
     """Factor the inverse of the damped `hessian` [n, n], symmetric; climbs the ladder above until it succeeds.
 
+    Args:
+        order: [n], rows and columns to take, in this order, for `upper`; None is the natural one.
+        diagonal: [n], in natural order, in place of that of `hessian`.
+
+    Allocates two matrices of the size of `hessian`, which is left as it is.
     Raises: NumericsError if `hessian` is not finite, or if the last rung fails.
     """
-    diagonal = hessian.diagonal().double()
+    diagonal = (hessian.diagonal() if diagonal is None else diagonal).double()
+    if order is not None:
+        diagonal = diagonal[order]
     if not torch.isfinite(hessian).all():
         raise NumericsError("the second moment of the inputs holds NaN or infinity")
     mean, largest = float(diagonal.mean()), float(diagonal.abs().max())
@@ -66,7 +76,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
         for precision in (torch.float32, torch.float64):
             n_attempts += 1
             added = fraction * mean + floor
-            matrix = hessian.flip(0, 1).to(precision)
+            matrix = _reversed(hessian, order, precision)
             matrix.diagonal().copy_(diagonal.flip(0) + added)
             lower, info = torch.linalg.cholesky_ex(matrix)
             del matrix
@@ -79,6 +89,18 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
         f"the second moment of the inputs could not be factored in {n_attempts} attempts, up to damping {added:.3g}; "
         f"calibrate on more, and more varied, tokens"
     )
+
+
+def _reversed(hessian: Tensor, order: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """J H J in `order`, a new matrix, made stripe by stripe so that no other copy exists."""
+    n = hessian.shape[0]
+    natural = torch.arange(n, device=hessian.device) if order is None else order
+    columns = natural.flip(0)
+    matrix = torch.empty(n, n, dtype=dtype, device=hessian.device)
+    for start in range(0, n, STRIPE):
+        rows = columns[start : start + STRIPE]
+        matrix[start : start + STRIPE] = hessian.index_select(0, rows).index_select(1, columns)
+    return matrix
 
 
 def _ladder(damping: float, largest: float) -> Iterator[tuple[float, float]]:

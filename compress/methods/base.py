@@ -108,7 +108,9 @@ class SiteMethod(ABC):
 
     @classmethod
     @abstractmethod
-    def compress(cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator) -> dict[str, Outcome]:
+    def compress(
+        cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
+    ) -> dict[str, Outcome]:
         """Layer name -> outcome, for every layer of the site. Each module's spec equals what `plan` said.
 
         `statistics` is None where the layer has no inputs (embeddings) or the method asked for none.

@@ -49,7 +49,8 @@ from compress.methods.base import Layer, LayerShape, Outcome, SiteMethod, SiteTa
 from compress.methods.rtn import RTNConfig, check_weight, grid_rule, quantized_module, quantized_spec, round_layer
 from compress.modules.quantized_spec import QuantizedSpec
 
-MAX_ROWS = 8192  # rows per loop: enough to hide Python's cost per column, few enough to bound memory
+MAX_ROWS = 8192  # rows per loop: enough to hide Python's cost per column, few enough to stay near the caches
+MAX_ENTRIES = 2**27  # of W per loop: bounds the memory where inputs are many
 NO_TOKENS = "NOT CALIBRATED: no calibration token reached this layer; it was rounded to nearest"
 
 
@@ -96,8 +97,8 @@ class GPTQ(SiteMethod):
     def workspace(cls, shapes: tuple[LayerShape, ...], config: GPTQConfig) -> int:
         n = max(s.in_features for s in shapes)
         n_rows = sum(s.out_features for s in shapes)
-        squares = 8 if config.gptaq else 5  # copies of H, of its factor and of its rows over the diagonal
-        return 4 * squares * n * n + min(n_rows, MAX_ROWS) * n * 18 + n_rows * n
+        squares = 7 if config.gptaq else 3  # of the size of H: its factor, and the one it is made from
+        return 4 * squares * n * n + min(n_rows, rows_per_loop(n)) * n * 18 + n_rows * n
 
     @classmethod
     def flops(cls, shapes: tuple[LayerShape, ...], config: GPTQConfig) -> float:
@@ -172,11 +173,9 @@ def _curvature(config: GPTQConfig, statistics: SiteStatistics, dead: Tensor) -> 
     if config.order != "none":
         order = act_order(diagonal) if config.order == "act" else group_aware_order(diagonal, config.group_size)
     if dead.any():
-        hessian = hessian.clone()
-        hessian.diagonal()[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
-    if order is not None:
-        hessian = hessian[order][:, order]
-    factor = inverse_factor(hessian, config.damping)
+        diagonal = diagonal.clone()
+        diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
+    factor = inverse_factor(hessian, config.damping, order, diagonal)
     if not config.gptaq:
         return Curvature(factor, order, None)
     cross = statistics[CrossMoment()].to(factor.upper.dtype, copy=True)
@@ -279,10 +278,16 @@ def _alike(layers: list[Layer]) -> list[tuple[GPTQConfig, list[Layer]]]:
     return [(alike[0].config, alike) for alike in found.values()]
 
 
+def rows_per_loop(in_features: int) -> int:
+    """How many rows one column loop takes."""
+    return max(1, min(MAX_ROWS, MAX_ENTRIES // in_features))
+
+
 def _batches(layers: list[Layer]) -> Iterator[list[tuple[Layer, slice]]]:
-    """Rows of `layers`, end to end, MAX_ROWS at a time."""
+    """Rows of `layers`, end to end, `rows_per_loop` at a time."""
     batch: list[tuple[Layer, slice]] = []
-    room = MAX_ROWS
+    full = rows_per_loop(layers[0].weight.shape[1])
+    room = full
     for layer in layers:
         start, n_rows = 0, layer.weight.shape[0]
         while start < n_rows:
@@ -292,6 +297,6 @@ def _batches(layers: list[Layer]) -> Iterator[list[tuple[Layer, slice]]]:
             start = stop
             if room == 0:
                 yield batch
-                batch, room = [], MAX_ROWS
+                batch, room = [], full
     if batch:
         yield batch

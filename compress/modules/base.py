@@ -58,7 +58,7 @@ class CompressedModule(nn.Module, ABC):
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keep a dense copy in `dtype` until `release`, so that repeated forwards do not decode again."""
-        self.held = self.dense(dtype)
+        self.held = self.dense(dtype).detach()
 
     def release(self) -> None:
         """Let go of the dense copy."""
