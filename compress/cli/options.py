@@ -79,7 +79,7 @@ Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
 Layers = Annotated[bool, typer.Option("--layers", help="a row for each layer, instead of one for those that are alike")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else, on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no notes on stderr")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr; errors and warnings stay")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error", callback=_set_debug)]
 
 
