@@ -14,7 +14,19 @@ from compress.checkpoint.stream import StreamedModel, tensors_in
 from compress.models.families import module_name
 from tests.tiny_models import save_tiny
 
-FAMILIES = ["llama", "qwen2", "gemma2", "gemma3_text", "opt", "gpt2", "gpt_neox", "gpt_neox_serial", "phi3", "mixtral", "qwen3_moe"]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "gemma2",
+    "gemma3_text",
+    "opt",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox_serial",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+]
 
 
 class Call:
@@ -58,13 +70,17 @@ def open_block(folder: Path, index: int, cap: int, scratch: Path) -> tuple[Strea
     return model, model.load_block(index), hidden
 
 
-def naive(model: StreamedModel, block: nn.Module, index: int, hidden: HiddenStates) -> tuple[dict[str, Tensor], list[Tensor]]:
+def naive(
+    model: StreamedModel, block: nn.Module, index: int, hidden: HiddenStates
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Inputs of every site, re-running the whole block for each, compressing site after site."""
     seen: dict[str, Tensor] = {}
     for site in model.architecture.sites(index):
         rows: list[Tensor] = []
         parent, attribute = place_of(model, site.linears[0])
-        hook = parent._modules[attribute].register_forward_pre_hook(lambda m, args: rows.append(args[0].flatten(0, -2).clone()))
+        hook = parent._modules[attribute].register_forward_pre_hook(
+            lambda m, args: rows.append(args[0].flatten(0, -2).clone())
+        )
         for batch in range(len(hidden)):
             model.call_block(block, index, hidden[batch])
         hook.remove()
@@ -87,7 +103,9 @@ def one_pass(
         for site in sites:
             rows = [x.clone() for x, _ in run.inputs(site.name)]
             width = model.skeleton.module(site.linears[0]).weight.shape
-            seen[site.name] = torch.cat(rows) if rows else torch.empty(0, width[0 if model.architecture.transposed else 1])
+            seen[site.name] = (
+                torch.cat(rows) if rows else torch.empty(0, width[0 if model.architecture.transposed else 1])
+            )
             for position in range(len(site.linears)):
                 half = Half(run.gates[site.name][position].target)
                 halves.append(half)
@@ -147,14 +165,21 @@ def test_the_original_stream_arrives_beside_the_compressed_one(cap: int, tmp_pat
     expected: dict[str, list[Tensor]] = {}
     for name, module in unchanged.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda m, a, n=name: expected.setdefault(n, []).append(a[0].flatten(0, -2).clone()))
+            module.register_forward_pre_hook(
+                lambda m, a, n=name: expected.setdefault(n, []).append(a[0].flatten(0, -2).clone())
+            )
     outputs = [model.call_block(unchanged, 1, original[i]) for i in range(3)]
     for module in unchanged.modules():
         module._forward_pre_hooks.clear()
 
     paths = {id(module): path for path, module in block.named_modules()}
     stream = OriginalStream(
-        unchanged, Call(model, 1), original, lambda p: (unchanged.get_submodule(paths[id(p[0])]), p[1]), tmp_path, torch.device("cpu")
+        unchanged,
+        Call(model, 1),
+        original,
+        lambda p: (unchanged.get_submodule(paths[id(p[0])]), p[1]),
+        tmp_path,
+        torch.device("cpu"),
     )
     sites = model.architecture.sites(1)
     places = {site.name: [place_of(model, name) for name in site.linears] for site in sites}
