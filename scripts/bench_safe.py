@@ -3,8 +3,8 @@
     python scripts/bench_safe.py                  20 kills of a short run (32 calibration rows, 20 000 tokens evaluated)
     python scripts/bench_safe.py --full           20 kills of the whole demo
 
-One run is not disturbed; its wall time is the range from which moments are drawn, one from each of as many equal parts as
-there are kills, so that they lie all over it, start and evaluation included. A third of the runs are killed three times.
+One run is not disturbed; its CPU time is the range from which moments are drawn, one from each of as many equal parts as
+there are kills, so that they lie all over it, start and evaluation included, however busy the machine is. A third of the runs are killed three times.
 SIGKILL goes to `python -m compress run` itself. All files but compress_report.json, which holds timings, must come out
 byte for byte; while config.json is missing the folder must hold no index that a loader could find, and once it is there every
 other file must be whole. Exits with 1 at any difference.
@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = "compress_report.json"
 SHORT = ["calibration.samples=32", "evaluation.max_tokens=20000"]
+POLL_SECONDS = 0.003
 KILLS_OF_A_RUN = (1, 1, 3)  # runs in turn
 
 
@@ -51,21 +52,26 @@ def start(out: Path, full: bool, log: Path) -> subprocess.Popen[bytes]:
 
 
 def to_its_end(out: Path, full: bool, log: Path) -> float:
-    """Run undisturbed. Returns: wall seconds."""
-    begun = time.perf_counter()
-    code = start(out, full, log).wait()
+    """Run undisturbed. Returns: CPU seconds."""
+    _, status, usage = os.wait4(start(out, full, log).pid, 0)
+    code = os.waitstatus_to_exitcode(status)
     if code != 0:
         raise SystemExit(f"{' '.join(command(out, full))}: exit code {code}\n{log.read_text()[-2000:]}")
-    return time.perf_counter() - begun
+    return usage.ru_utime + usage.ru_stime
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def killed_after(seconds: float, out: Path, full: bool, log: Path) -> bool:
-    """Whether it was still running after `seconds`, and is dead now."""
+    """Whether it was still running after `seconds` of CPU time, and is dead now."""
     process = start(out, full, log)
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
+    while process.poll() is None and cpu_seconds(process.pid) < seconds:
+        time.sleep(POLL_SECONDS)
+    process.send_signal(signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
 
 
@@ -127,8 +133,8 @@ def main() -> int:
         work, log = Path(folder), Path(folder) / "log"
         seconds = to_its_end(work / "undisturbed", arguments.full, log)
         expected = checksums(work / "undisturbed")
-        print(f"undisturbed: {seconds:.1f} s, {len(expected)} files; seed {arguments.seed}", flush=True)
-        print(f"{'run':>3}  {'killed after, s':<20}  {'it had':<52}  files", flush=True)
+        print(f"undisturbed: {seconds:.1f} CPU s, {len(expected)} files; seed {arguments.seed}", flush=True)
+        print(f"{'run':>3}  {'killed after, CPU s':<20}  {'it had':<52}  files", flush=True)
         n_killed, n_wrong, number = 0, 0, 0
         moments: list[float] = []
         while n_killed < arguments.kills:

@@ -148,7 +148,7 @@ def _check_names(family: Family, settings: Settings, names: Collection[str]) -> 
     surplus = next((part for part in sorted(present) if part.isdigit() and int(part) >= n_blocks), None)
     if surplus is not None:
         raise CheckpointError(
-            f"{prefix}{surplus}: is stored, but config.json has num_hidden_layers={n_blocks}; mend config.json or fetch both again"
+            f"{prefix}{surplus}: is stored, but config.json has num_hidden_layers={n_blocks}; mend it or fetch both again"
         )
     table = _base(family, names) + family.embeddings[0]
     if not any(name.startswith(f"{table}.") for name in names):

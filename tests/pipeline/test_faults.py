@@ -371,7 +371,7 @@ FAULTS = [
     Fault("pattern without layers", R, ("steps.0", "*.up_prj"), steps(layers="*.up_prj")),
     Fault("override without layers", R, ("steps.0", "*.down_prj"), steps(overrides={"*.down_prj": {"bits": 8}})),
     Fault("all layers skipped", R, ("steps.0", "skip"), steps(skip="*")),
-    Fault("no such device", R, ("--device abc", "--device cpu"), lambda w: setattr(w, "machine", Machine(device="abc"))),
+    Fault("no such device", R, ("--device abc", "cpu"), lambda w: setattr(w, "machine", Machine(device="abc"))),
     # the folder of the result
     Fault("out is a file", R, ("text.txt", "is a file", "--out"), out_is("text.txt")),
     Fault("out below a file", C, ("text.txt", "file stands", "--out"), out_is("text.txt/below")),
