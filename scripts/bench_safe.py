@@ -4,10 +4,10 @@
     python scripts/bench_safe.py --full           20 kills of the whole demo
 
 One run is not disturbed; its CPU time is the range from which moments are drawn, one from each of as many equal parts as
-there are kills, so that they lie all over it, start and evaluation included, however busy the machine is. A third of the runs are killed three times.
-SIGKILL goes to `python -m compress run` itself. All files but compress_report.json, which holds timings, must come out
-byte for byte; while config.json is missing the folder must hold no index that a loader could find, and once it is there every
-other file must be whole. Exits with 1 at any difference.
+there are kills, so that they lie all over it, start and evaluation included, however busy the machine is. A third of the
+runs are killed three times. SIGKILL goes to `python -m compress run` itself. All files but compress_report.json, which
+holds timings, must come out byte for byte, and once config.json is there, which makes a folder a model, every other file
+must be whole. Exits with 1 at any difference. The code must not change meanwhile: run it in a clone of its own.
 """
 
 from __future__ import annotations
