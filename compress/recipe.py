@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from compress.methods.base import MethodConfig
 
+BATCH_TOKENS = 2048  # in one forward, where the recipe does not say
 STEP_KEYS = ("layers", "skip", "overrides")
 
 
@@ -100,10 +101,20 @@ class Calibration(Data):
     packing: Literal["packed", "padded"] = Field(
         "packed", description="packed: documents joined and cut into rows; padded: a row is one document"
     )
-    batch_size: int = Field(8, ge=1, description="rows that run together; also fixes the order of summation")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="rows that run together, which also fixes the order of summation [default: 2048 tokens' worth]",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of the calibration pass; auto: float32 on CPU, the model's on GPU"
     )
+
+
+    @property
+    def rows_per_batch(self) -> int:
+        """`batch_size`, or what keeps a batch's activations small beside a block while products stay efficient."""
+        return self.batch_size or max(1, BATCH_TOKENS // self.length)
 
 
 class Evaluation(Data):
@@ -328,11 +339,11 @@ def find_recipe(name: str | Path) -> Path:
     if path.is_file():
         return path
     known = shipped.recipes()
-    if path.is_dir():
-        raise RecipeError(f"{path}: is a folder; name a recipe file, or a shipped recipe: {', '.join(known)}")
     stem = path.name.removesuffix(".yaml").removesuffix(".yml")
     if stem in known and path.parent.name in ("", "recipes"):
         return known[stem]
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder; name a recipe file, or a shipped recipe: {', '.join(known)}")
     near = difflib.get_close_matches(stem, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(known)}"
     raise RecipeError(f"{name}: no such file, and no shipped recipe of that name; {hint}")

@@ -107,7 +107,7 @@ def _activation_bytes(plan: Plan, tokens: int) -> int:
     widest = max(layer.in_features for layer in plan.layers.values())
     streams = 2 if any(step.needs_original for stage in plan.stages for step in stage) else 1
     held = tokens * COMPUTE_BYTES * (2 * plan.architecture.hidden_size + widest) * streams
-    running = min(tokens, plan.recipe.calibration.batch_size * plan.recipe.calibration.length)
+    running = min(tokens, plan.recipe.calibration.rows_per_batch * plan.recipe.calibration.length)
     return int(FRAGMENTATION * (held + running * COMPUTE_BYTES * 4 * widest))
 
 

@@ -237,18 +237,18 @@ def _plan_step(
     from compress.methods import find
 
     method = find(step.method)
-    where = f"steps.{number}.{step.method}"
+    where = f"steps.{number}"
     outside = [name for name, (site, _) in weights.items() if site.kind in ("head", "embedding")]
     names = select(list(weights), step.layers, step.skip, outside=outside, where=where)
     if not names:
-        raise RecipeError(f"{where}: layers minus skip leave no layer; widen layers or narrow skip")
+        raise RecipeError(f"{where}: {step.method}: layers minus skip leave no layer; widen layers or narrow skip")
     configs = step.configs(names, where=where)
     requests = {request for config in configs.values() for request in method.statistics(config)}
     needs_original = any(request.needs_original for request in requests)
     for name in names:
         if needs_original and weights[name][0].expert is not None:
             raise RecipeError(
-                f"{where}: {name}: compares with the original model's inputs, but routers send other tokens to an expert "
+                f"{where}.{step.method}: {name}: compares with the original model's inputs, but routers send other tokens to an expert "
                 f"there; skip the experts or turn the comparison off"
             )
         spec = method.plan(weights[name][1], configs[name])

@@ -198,9 +198,9 @@ def calibration_batches(planned: Plan, source: Path) -> list[Any]:
     for row in tokens.rows:
         by_length.setdefault(len(row), []).append(row)
     return [
-        torch.stack(rows[i : i + calibration.batch_size])
+        torch.stack(rows[i : i + calibration.rows_per_batch])
         for rows in by_length.values()
-        for i in range(0, len(rows), calibration.batch_size)
+        for i in range(0, len(rows), calibration.rows_per_batch)
     ]
 
 
