@@ -110,7 +110,6 @@ class Calibration(Data):
         "auto", description="dtype of the calibration pass; auto: float32 on CPU, the model's on GPU"
     )
 
-
     @property
     def rows_per_batch(self) -> int:
         """`batch_size`, or what keeps a batch's activations small beside a block while products stay efficient."""

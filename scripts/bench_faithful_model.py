@@ -34,7 +34,11 @@ def perplexity(arguments: argparse.Namespace, step: dict[str, Any]) -> tuple[flo
             "model": {"path": arguments.model, "dtype": "float32"},
             "calibration": {"data": arguments.calibration, "samples": arguments.samples, "length": arguments.length},
             "steps": [step],
-            "evaluation": {"data": arguments.evaluation, "length": arguments.length, "max_tokens": arguments.max_tokens},
+            "evaluation": {
+                "data": arguments.evaluation,
+                "length": arguments.length,
+                "max_tokens": arguments.max_tokens,
+            },
         }
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +73,8 @@ def main() -> int:
                 ratio = ours / theirs
                 worst = max(worst, ratio)
                 print(
-                    f"| {bits} | {group_size} | {order} | {theirs:.3f} | {ours:.3f} | {ratio:.4f} | {kl_theirs:.5f} | {kl_ours:.5f} |",
+                    f"| {bits} | {group_size} | {order} | {theirs:.3f} | {ours:.3f} | {ratio:.4f} | {kl_theirs:.5f} "
+                    f"| {kl_ours:.5f} |",
                     flush=True,
                 )
     print(f"\nuncompressed {dense:.3f}; worst ratio {worst:.4f}, allowed {WORST_RATIO}")

@@ -79,7 +79,9 @@ class ReferenceGPTQ(SiteMethod):
         hessian = 2 / statistics.n_tokens * statistics[SecondMoment()]
         outcomes = {}
         for layer in site.layers:
-            setting = Setting(layer.config.bits, layer.config.group_size, True, layer.config.order, layer.config.order == "act")
+            setting = Setting(
+                layer.config.bits, layer.config.group_size, True, layer.config.order, layer.config.order == "act"
+            )
             rounded = original(reference, Problem(layer.name, layer.weight, hessian), setting)
             spec = DenseSpec(layer.weight.shape[1], layer.weight.shape[0])
             outcomes[layer.name] = Outcome(DenseLinear(spec, rounded))

@@ -85,7 +85,7 @@ def test_size_reported_is_size_on_disk(case: Case, runs: Any) -> None:
 
 @matrix
 def test_nothing_but_the_result_is_left(case: Case, runs: Any) -> None:
-    source, result = runs(case)
+    _, result = runs(case)
     names = {f.name for f in result.folder.iterdir()}
     assert {"config.json", "recipe.yaml", "README.md", "compress_report.json", "tokenizer.json"} <= names
     assert not any(name.endswith(".partial") or name.startswith(".") for name in names)

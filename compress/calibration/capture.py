@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from compress.calibration.store import HiddenStates, ReadOnly, Spill
 
-
 Place = tuple[nn.Module, str]  # a linear's parent module and its name there
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.description import GUARD, OWN, STANDARD, modules_of
 from compress.checkpoint.headers import TensorInfo, read_headers, read_json
-from compress.checkpoint.source import SHIPPED, SIDE_FILES, hub_errors
+from compress.checkpoint.source import SHIPPED, SIDE_FILES, HubErrors
 from compress.errors import CheckpointError
 from compress.models.families import is_ignored
 
@@ -85,7 +85,7 @@ def _folder(path: str | Path, revision: str | None) -> Path:
         raise CheckpointError(f"{path}: no such model folder (and no Hub id, which has the form owner/name)")
     from huggingface_hub import snapshot_download
 
-    with hub_errors(name):
+    with HubErrors(name):
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", *SIDE_FILES]))
 
 

@@ -45,7 +45,7 @@ class Source:
             return self.folder
         from huggingface_hub import snapshot_download
 
-        with hub_errors(self.name):
+        with HubErrors(self.name):
             return Path(
                 snapshot_download(
                     self.name,
@@ -88,7 +88,7 @@ def find_source(path: str, revision: str | None = None) -> Source:
 def _find_on_hub(repo: str, revision: str | None) -> Source:
     from huggingface_hub import HfApi, hf_hub_download
 
-    with hub_errors(repo):
+    with HubErrors(repo):
         api = HfApi()
         files = tuple(sorted(api.list_repo_files(repo, revision=revision)))
         config = read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
@@ -101,7 +101,7 @@ def _find_on_hub(repo: str, revision: str | None) -> Source:
     return Source(repo, config, infos, None, revision, files)
 
 
-class hub_errors:
+class HubErrors:
     """Turns what the Hub's client raises into one line with a remedy."""
 
     def __init__(self, repo: str):

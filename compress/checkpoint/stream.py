@@ -11,7 +11,7 @@ bring the last hidden states through the final norm.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ KEPT_ARGUMENT_BYTES = 256 * 2**20  # recorded masks and rotary tables, before th
 HEAD_TILE = 8192  # rows of the head converted at a time
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """The last block was called: nothing after it is wanted."""
 
 
@@ -121,13 +121,10 @@ class StreamedModel:
 
         def enter(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             entered.append(hidden_states)
-            raise _Reached
+            raise _ReachedError
 
-        with self._blocks_replaced([enter] * self.n_blocks), torch.no_grad():
-            try:
-                self._backbone(input_ids=ids.to(self.device), use_cache=False)
-            except _Reached:
-                pass
+        with self._blocks_replaced([enter] * self.n_blocks), torch.no_grad(), suppress(_ReachedError):
+            self._backbone(input_ids=ids.to(self.device), use_cache=False)
         return entered[0].clone()
 
     def call_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
@@ -154,15 +151,12 @@ class StreamedModel:
         def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             calls.append((args, kwargs))
             if len(calls) == self.n_blocks:
-                raise _Reached
+                raise _ReachedError
             return hidden_states
 
         zeros = torch.zeros(*shape, self._table_width(), dtype=self.dtype, device=self.device)
-        with self._blocks_replaced([record] * self.n_blocks), torch.no_grad():
-            try:
-                self._backbone(inputs_embeds=zeros, use_cache=False)
-            except _Reached:
-                pass
+        with self._blocks_replaced([record] * self.n_blocks), torch.no_grad(), suppress(_ReachedError):
+            self._backbone(inputs_embeds=zeros, use_cache=False)
         return calls
 
     # ---- the way out

@@ -119,8 +119,8 @@ def _out_of_something(error: Exception) -> str | None:
     text = _one_line(str(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return (
-            f"out of memory ({text[:200] or 'host memory'}): give the same command with a smaller --activation-memory, or for a GPU "
-            f"--device cpu (finished blocks are kept), or begin anew with a smaller calibration.batch_size or fewer samples"
+            f"out of memory ({text[:200] or 'host memory'}): give the same command with a smaller --activation-memory, or for "
+            f"a GPU --device cpu (finished blocks are kept), or begin anew with a smaller calibration.batch_size or fewer samples"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({text}): free some space and give the same command again; finished blocks are kept"

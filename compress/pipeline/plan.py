@@ -248,8 +248,8 @@ def _plan_step(
     for name in names:
         if needs_original and weights[name][0].expert is not None:
             raise RecipeError(
-                f"{where}.{step.method}: {name}: compares with the original model's inputs, but routers send other tokens to an expert "
-                f"there; skip the experts or turn the comparison off"
+                f"{where}.{step.method}: {name}: compares with the original model's inputs, but routers send other tokens to "
+                f"an expert there; skip the experts or turn the comparison off"
             )
         spec = method.plan(weights[name][1], configs[name])
         assert (spec.out_features, spec.in_features) == (weights[name][1].out_features, weights[name][1].in_features)
@@ -343,9 +343,11 @@ def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[
             "asymmetric grids: stock transformers loads the result only with "
             "quantization_config=CompressedTensorsConfig(dequantize=True); compress.load needs nothing"
         )
-    for layer in layers.values():
-        if layer.bytes_after >= layer.bytes_before > 0:
-            warnings.append(f"{layer.name}: {layer.bytes_after:,} bytes after, {layer.bytes_before:,} before: no gain")
+    warnings += [
+        f"{layer.name}: {layer.bytes_after:,} bytes after, {layer.bytes_before:,} before: no gain"
+        for layer in layers.values()
+        if layer.bytes_after >= layer.bytes_before > 0
+    ]
     return warnings
 
 

@@ -79,7 +79,7 @@ def naive(
         rows: list[Tensor] = []
         parent, attribute = place_of(model, site.linears[0])
         hook = parent._modules[attribute].register_forward_pre_hook(
-            lambda m, args: rows.append(args[0].flatten(0, -2).clone())
+            lambda m, args, rows=rows: rows.append(args[0].flatten(0, -2).clone())
         )
         for batch in range(len(hidden)):
             model.call_block(block, index, hidden[batch])
@@ -142,11 +142,11 @@ def test_an_abandoned_pass_leaves_no_gate_and_no_greenlet(tmp_path: Path) -> Non
     before = [hidden[i].clone() for i in range(3)]
     sites = model.architecture.sites(0)
     places = {site.name: [place_of(model, name) for name in site.linears] for site in sites}
-    with pytest.raises(RuntimeError, match="stop here"):
-        with BlockPass(block, Call(model, 0), hidden, places, tmp_path, torch.device("cpu")) as run:
-            run.start()
-            run.release(sites[0].name)
-            raise RuntimeError("stop here")
+    one_pass_only = BlockPass(block, Call(model, 0), hidden, places, tmp_path, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="stop here"), one_pass_only as run:
+        run.start()
+        run.release(sites[0].name)
+        raise RuntimeError("stop here")
     assert not any(isinstance(module, Gate) for module in block.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
     for i in range(3):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compress.checkpoint.source import Source, find_source, hub_errors, tokenizer_size
+from compress.checkpoint.source import HubErrors, Source, find_source, tokenizer_size
 from compress.errors import CheckpointError
 from tests.tiny_models import byte_tokenizer
 
@@ -99,7 +99,7 @@ def test_what_the_hub_says(name: str, says: str) -> None:
 
     kind = getattr(errors, name)
     error = kind.__new__(kind)  # their constructors want a response
-    with pytest.raises(CheckpointError, match=f"^owner/name: .*{says}"), hub_errors("owner/name"):
+    with pytest.raises(CheckpointError, match=f"^owner/name: .*{says}"), HubErrors("owner/name"):
         raise error
 
 
