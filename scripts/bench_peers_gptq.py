@@ -55,7 +55,7 @@ class Tool:
 def prepare(work: Path, options: argparse.Namespace) -> None:
     """The model, our recipe, and the rows that everybody gets."""
     environment = threads_environment(options.threads)
-    model = [sys.executable, HERE / "random_llama.py", work / "model", "--blocks", str(options.blocks)]
+    model: list[str | Path] = [sys.executable, HERE / "random_llama.py", work / "model", "--blocks", str(options.blocks)]
     measure(model, work / "model.log", environment)
     step = {"bits": 4, "group_size": 128, "symmetric": True, "damping": options.damping, "order": options.order}
     recipe = {
@@ -66,7 +66,7 @@ def prepare(work: Path, options: argparse.Namespace) -> None:
         "steps": [{"gptq": step}],
     }  # fmt: skip
     (work / "recipe.yaml").write_text(json.dumps(recipe, indent=2))  # JSON is YAML
-    rows = ["--calibration", work / "rows.json", "--heldout", work / "heldout.json"]
+    rows: list[str | Path] = ["--calibration", work / "rows.json", "--heldout", work / "heldout.json"]
     measure(
         [sys.executable, HERE / "peers/token_rows.py", "--recipe", work / "recipe.yaml", *rows],
         work / "rows.log",
@@ -81,7 +81,7 @@ def tools(work: Path, options: argparse.Namespace) -> list[Tool]:
         return [sys.executable, HERE / "peers/compress_gptq.py", "--recipe", work / "recipe.yaml", "--out", out]
 
     def peer(python: Path, script: str) -> Callable[[Path], list[str | Path]]:
-        given = ["--model", work / "model", "--rows", work / "rows.json", "--damping", str(options.damping)]
+        given: list[str | Path] = ["--model", work / "model", "--rows", work / "rows.json", "--damping", str(options.damping)]
         return lambda out: [python, HERE / "peers" / script, *given, "--out", out]
 
     found = [Tool(OURS, ours)]
@@ -100,7 +100,7 @@ def run_once(tool: Tool, number: int, work: Path, options: argparse.Namespace) -
     run = measure(tool.command(out), work / f"{tool.name}-{number}.log", environment)
     tool.runs.append(run)
     tool.settings = _tagged(run.output, "SETTINGS")
-    score = [
+    score: list[str | Path] = [
         sys.executable,
         HERE / "peers/divergence.py",
         "--model",
