@@ -96,7 +96,7 @@ class Forward:
         """The input of the site where it waits."""
         assert self.stopped is not None
         if self._spill is not None:
-            self._spill.fill()
+            self._spill.peek(self.stopped.x)
         return self.stopped.x
 
     def rest(self) -> None:
@@ -109,10 +109,14 @@ class Forward:
         if not self._greenlet.dead:
             self._greenlet.throw()
         self.stopped = None
+        if self._spill is not None:
+            self._spill.close()
 
     def _note(self, result: Any) -> None:
         if self._greenlet.dead:
             self.output = result
+            if self._spill is not None:
+                self._spill.close()
             return
         site, x = result
         self.stopped = Stopped(site, x)

@@ -11,6 +11,7 @@ import errno
 import os
 import tempfile
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,6 +54,10 @@ class ScratchFile:
             n = os.preadv(self._descriptor, [data], offset)
             assert n > 0
             data, offset = data[n:], offset + n
+
+    def forget(self) -> None:
+        """Begin anew: what was written is no longer wanted, the room it took is used again."""
+        self._end = 0
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -142,48 +147,84 @@ class Spill:
         self._watched: list[weakref.ref[Tensor]] = []
         self._kept: set[int] = set()
         self._file = ScratchFile(folder) if to_disk else None
-        self._saved: list[tuple[torch.UntypedStorage, int, int | torch.UntypedStorage]] = []
+        self._saved: dict[int, _Saved] = {}  # by identity of the storage
 
     def keep(self, tensor: Tensor) -> None:
         """Leave this tensor alone: it is shared with other forwards."""
-        self._kept.add(tensor.untyped_storage().data_ptr())
+        self._kept.add(_identity(tensor))
 
     def watch(self, tensor: Tensor) -> None:
         self._watched.append(weakref.ref(tensor))
 
     def empty(self) -> None:
-        """Move the storages of all watched tensors that are still alive away."""
+        """Move the storages of all watched tensors that are still alive away. What `peek` brought back is just dropped."""
         alive = [tensor for reference in self._watched if (tensor := reference()) is not None]
         self._watched = [weakref.ref(tensor) for tensor in alive]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in alive}
-        for pointer, storage in storages.items():
-            nbytes = storage.nbytes()
-            if pointer in self._kept or nbytes == 0:
+        for tensor in alive:
+            storage = tensor.untyped_storage()
+            if _identity(tensor) in self._kept or storage.nbytes() == 0:
                 continue
-            view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
-            copy = view.cpu()
-            if self._file is None:
-                self._saved.append((storage, nbytes, copy.clone().untyped_storage()))
-            else:
-                offset = self._file.allocate(nbytes)
-                self._file.write(offset, raw(copy))
-                self._saved.append((storage, nbytes, offset))
-            del view, copy
+            if _identity(tensor) not in self._saved:
+                self._saved[_identity(tensor)] = self._save(storage)
             storage.resize_(0)
+
+    def peek(self, tensor: Tensor) -> None:
+        """Bring one tensor back to be read, not to be changed, until the next `empty` or `fill`."""
+        saved = self._saved.get(_identity(tensor))
+        if saved is not None:
+            self._restore(saved)
 
     def fill(self) -> None:
         """Bring everything back that `empty` moved."""
-        for storage, nbytes, place in self._saved:
-            storage.resize_(nbytes)
-            view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
-            if isinstance(place, int):
-                assert self._file is not None
-                buffer = torch.empty(nbytes, dtype=torch.uint8)
-                self._file.read(place, raw(buffer))
-                view.copy_(buffer)
-            else:
-                view.copy_(torch.empty(0, dtype=torch.uint8).set_(place))  # type: ignore[call-overload]
+        for saved in self._saved.values():
+            self._restore(saved)
+        self._saved.clear()
+        if self._file is not None:
+            self._file.forget()
+
+    def close(self) -> None:
+        """The forward has ended."""
         self._saved.clear()
         if self._file is not None:
             self._file.close()
-            self._file = ScratchFile(self._file._folder)
+
+    def _save(self, storage: torch.UntypedStorage) -> _Saved:
+        data = _bytes_of(storage)
+        if self._file is None:
+            return _Saved(storage, storage.nbytes(), data.to("cpu", copy=True))
+        data = data.cpu()
+        offset = self._file.allocate(data.nbytes)
+        self._file.write(offset, raw(data))
+        return _Saved(storage, data.nbytes, offset)
+
+    def _restore(self, saved: _Saved) -> None:
+        if saved.storage.nbytes():
+            return
+        saved.storage.resize_(saved.nbytes)
+        data = _bytes_of(saved.storage)
+        if isinstance(saved.place, Tensor):
+            data.copy_(saved.place)
+            return
+        assert self._file is not None
+        buffer = data if data.device.type == "cpu" else torch.empty(saved.nbytes, dtype=torch.uint8)
+        self._file.read(saved.place, raw(buffer))
+        if buffer is not data:
+            data.copy_(buffer)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A storage of `nbytes`, and where its bytes are: an offset in the file, or a copy in CPU memory."""
+
+    storage: torch.UntypedStorage
+    nbytes: int
+    place: int | Tensor
+
+
+def _identity(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """The storage as a uint8 tensor, which must not outlive its next `resize_`."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
