@@ -35,7 +35,7 @@ from compress.models.architecture import Site
 from compress.models.families import module_name
 from compress.modules.base import CompressedModule
 from compress.pipeline.journal import BlockEntry, Journal, sha256_of
-from compress.pipeline.meter import Stopwatch
+from compress.pipeline.meter import Stopwatch, release_free_memory
 from compress.pipeline.plan import OWN, Plan, StepPlan
 from compress.pipeline.progress import Progress
 
@@ -181,6 +181,7 @@ class Stage:
         expected = self.model.call_block(block, index, self.probe_hidden)
         self.model.unload_block(index)
         del block, unchanged, stream
+        release_free_memory()
         if not hidden.finite:
             raise NumericsError(
                 f"{self.plan.architecture.blocks[index]}: its output is not finite after compression; try "
@@ -217,9 +218,11 @@ class Stage:
         with BlockPass(
             block, _Call(self.model, index, hidden), target, places, self.scratch, self.device, stream
         ) as run:
+            release_free_memory()
             with self.watch("forward"):
                 run.start()
             for site in sites:
+                release_free_memory()
                 with self.watch("statistics"):
                     statistics = self._gather(site, step, run)
                 done = self._compress_site(site, step, statistics)
@@ -228,6 +231,7 @@ class Stage:
                 for position, name in enumerate(names):
                     outcomes[name] = done[name]
                     run.replace(site.name, position, self._running(name, done[name].module))
+                release_free_memory()
                 with self.watch("forward"):
                     if last or stream is not None or site is not sites[-1]:
                         run.release(site.name)
