@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,16 @@ class Measurement:
 
 
 def measure(
-    command: Sequence[str | Path], output: Path, environment: Mapping[str, str] | None = None, check: bool = True
+    command: Sequence[str | Path],
+    output: Path,
+    environment: Mapping[str, str] | None = None,
+    check: bool = True,
+    before: Callable[[], None] | None = None,
 ) -> Measurement:
-    """Run `command` to its end; stdout and stderr go to `output`.
+    """Run `command` to its end, in the folder of `output`, where its stdout and stderr go.
+
+    `before` runs in the child before the command does: limits, for instance.
+
 
     Raises: RuntimeError with the end of its output if it fails and `check` is true.
     """
@@ -46,8 +53,9 @@ def measure(
     start = time.perf_counter()
     with open(output, "wb") as stream:
         child = subprocess.Popen(
-            [str(c) for c in command], stdout=stream, stderr=subprocess.STDOUT, env=_merged(environment)
-        )
+            [str(c) for c in command], stdout=stream, stderr=subprocess.STDOUT, cwd=output.parent,
+            env={**os.environ, **(environment or {})}, preexec_fn=before,
+        )  # fmt: skip
         sampler = _Sampler(child.pid)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -59,10 +67,6 @@ def measure(
     unit = 1 if sys.platform == "darwin" else 1024
     cpu = usage.ru_utime + usage.ru_stime
     return Measurement(child.returncode, cpu, wall, usage.ru_maxrss * unit, peak, load, output)
-
-
-def _merged(environment: Mapping[str, str] | None) -> dict[str, str]:
-    return {**os.environ, **(environment or {})}
 
 
 class _Sampler:
