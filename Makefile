@@ -31,9 +31,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Benchmarks that need this repository only; those beside other tools say at their top what they need.
+# Benchmarks that need this repository only; those beside other tools (bench_peers_gptq, bench_faithful*) say what they need.
 bench: $(STAMP)
-	@set -e; for script in $(sort $(wildcard scripts/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python scripts/bench_startup.py
+	$(BIN)/python scripts/bench_memory.py --depth
+	$(BIN)/python scripts/bench_safe.py
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
