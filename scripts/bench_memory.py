@@ -75,7 +75,7 @@ def compress(
     Raises: RuntimeError with the end of its output if it fails.
     """
     samples, length = tokens
-    recipe = {"model": str(model), "steps": [STEPS[method]]}
+    recipe: dict[str, Any] = {"model": str(model), "steps": [STEPS[method]]}
     if method != "rtn":
         recipe["calibration"] = {"data": "shipped", "samples": samples, "length": length}
     (work / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
