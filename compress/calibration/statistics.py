@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericsError
+from compress.linalg.finite import all_finite
 
 FLOAT64_TOKENS = 1_000_000  # above this many tokens a float32 sum loses more digits than damping forgives
 MOMENT_TILE = 256  # columns of a tile of X^T X: as fast as wide ones from here on, and skips most of the mirrored half
@@ -234,7 +235,7 @@ class StatisticsGatherer:
         """Raises: NumericsError naming `where` if anything gathered is not finite."""
         values = {request: accumulator.result() for request, accumulator in self.accumulators.items()}
         for request, value in values.items():
-            if not torch.isfinite(value).all():
+            if not all_finite(value):
                 raise NumericsError(
                     f"{where}: {type(request).__name__} of the layer inputs is not finite: the activations overflow or the "
                     f"weights hold NaN; try calibration.dtype=float32, or check the checkpoint with: compress inspect"

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericsError
+from compress.linalg.finite import all_finite
 
 DAMPING_STEP = 0.01  # by which the fraction grows after a failure; GPTQModel, `damp_auto_increment`
 FLOOR = 1e-6  # of max |diag H|, the first floor
@@ -68,7 +69,7 @@ def inverse_factor(
     diagonal = (hessian.diagonal() if diagonal is None else diagonal).double()
     if order is not None:
         diagonal = diagonal[order]
-    if not torch.isfinite(hessian).all():
+    if not all_finite(hessian):
         raise NumericsError("the second moment of the inputs holds NaN or infinity")
     mean, largest = float(diagonal.mean()), float(diagonal.abs().max())
     n_attempts = 0
@@ -83,7 +84,7 @@ def inverse_factor(
             if int(info) != 0:
                 continue
             upper = invert_lower_(lower).flip(0, 1).float()
-            if torch.isfinite(upper).all():
+            if all_finite(upper):
                 return InverseFactor(upper, added, fraction + floor / mean, precision, n_attempts)
     raise NumericsError(
         f"the second moment of the inputs could not be factored in {n_attempts} attempts, up to damping {added:.3g}; "

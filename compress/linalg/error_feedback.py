@@ -67,9 +67,9 @@ def round_columns(
     columns = torch.arange(n, device=weight.device) if order is None else order
     group_of = (columns // group_size).tolist()
     work = weight.T.index_select(0, columns)  # [in, rows], contiguous
-    updates = [(upper / -upper.diagonal().unsqueeze(1), work)]  # w_j += coefficient[i, j] source[i]
+    updates = [_Update(upper, -upper.diagonal().unsqueeze(1), work)]  # - r_i U[i, j] / U[i, i]
     if feedback is not None:
-        updates.append((feedback, torch.empty_like(work)))
+        updates.append(_Update(feedback, None, torch.empty_like(work)))  # w_i P[i, j]
     grids = _Grids(weight, group_size, rule)
     if static_groups:
         grids.fit(slice(None), weight)
@@ -89,34 +89,44 @@ def round_columns(
     return Rounded(natural.contiguous(), grids.result(), loss)
 
 
-Updates = list[
-    tuple[Tensor, Tensor]
-]  # coefficients [in, in] and sources [in, rows]; the first source is the work itself
+@dataclass(frozen=True)
+class _Update:
+    """w_j += source[i] coefficients[i, j] / divisor[i]; divided stripe by stripe, since the matrix may be large."""
+
+    coefficients: Tensor  # [in, in]
+    divisor: Tensor | None  # [in, 1]
+    source: Tensor  # [in, rows]; of the first update the work itself
+
+    def stripe(self, first: int, last: int, start: int, stop: int) -> Tensor:
+        """What columns first .. last-1 do to columns start .. stop-1."""
+        piece = self.coefficients[first:last, start:stop]
+        return piece if self.divisor is None else piece / self.divisor[first:last]
 
 
-def _round_leaf(updates: Updates, grids: _Grids, group_of: list[int], first: int, last: int) -> Tensor:
+def _round_leaf(updates: list[_Update], grids: _Grids, group_of: list[int], first: int, last: int) -> Tensor:
     """Round columns first .. last-1 one after the other; they end as residuals. Returns their codes [columns, rows]."""
-    work = updates[0][1]
-    steps = torch.empty_like(work[first:last])  # code - zero_point
+    work = updates[0].source[first:last]
+    steps = torch.empty_like(work)  # code - zero_point
     rounded = torch.empty_like(work[0], dtype=grids.rule.scale_dtype)  # q_i as it will be loaded
-    for i, step in zip(range(first, last), steps.unbind(0), strict=True):
-        column = work[i]
-        for _, source in updates[1:]:
+    within = [(update.stripe(first, last, first, last), update.source[first:last]) for update in updates]
+    for i, (column, step) in enumerate(zip(work.unbind(0), steps.unbind(0), strict=True)):
+        for _, source in within[1:]:
             source[i] = column
-        grids.round(column, group_of[i], out=step)
-        column.sub_(torch.mul(step, grids.scale[group_of[i]], out=rounded))
-        if i + 1 < last:
-            for coefficient, source in updates:
-                work[i + 1 : last].addr_(coefficient[i, i + 1 : last], source[i])
+        group = group_of[first + i]
+        grids.round(column, group, out=step)
+        column.sub_(torch.mul(step, grids.scale[group], out=rounded))
+        if first + i + 1 < last:
+            for coefficients, source in within:
+                work[i + 1 :].addr_(coefficients[i, i + 1 :], source[i])
     return steps.add_(grids.zeros(group_of[first:last]))
 
 
-def _propagate(updates: Updates, first: int, last: int, stop: int) -> None:
+def _propagate(updates: list[_Update], first: int, last: int, stop: int) -> None:
     """What columns first .. last-1 do to columns last .. stop-1."""
-    work = updates[0][1]
     if last < stop:
-        for coefficient, source in updates:
-            work[last:stop].addmm_(coefficient[first:last, last:stop].T, source[first:last])
+        work = updates[0].source
+        for update in updates:
+            work[last:stop].addmm_(update.stripe(first, last, last, stop).T, update.source[first:last])
 
 
 def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
