@@ -34,6 +34,7 @@ DAMPING_STEP = 0.01  # by which the fraction grows after a failure; GPTQModel, `
 FLOOR = 1e-6  # of max |diag H|, the first floor
 FLOOR_ATTEMPTS = 6
 STRIPE = 512  # rows copied at a time
+REVERSED = 1 << 20  # elements exchanged at a time
 INVERSE_LEAF = 256  # triangles up to this size are inverted by one call; above, by halves, which skips the zeros
 
 
@@ -63,7 +64,7 @@ def inverse_factor(
         order: [n], rows and columns to take, in this order, for `upper`; None is the natural one.
         diagonal: [n], in natural order, in place of that of `hessian`.
 
-    Allocates two matrices of the size of `hessian`, which is left as it is.
+    Allocates one matrix of the size of `hessian`, which is left as it is.
     Raises: NumericsError if `hessian` is not finite, or if the last rung fails.
     """
     diagonal = (hessian.diagonal() if diagonal is None else diagonal).double()
@@ -79,11 +80,14 @@ def inverse_factor(
             added = fraction * mean + floor
             matrix = _reversed(hessian, order, precision)
             matrix.diagonal().copy_(diagonal.flip(0) + added)
-            lower, info = torch.linalg.cholesky_ex(matrix)
-            del matrix
+            lower = matrix.mT  # symmetric; column-major, so that LAPACK works in place
+            _, info = torch.linalg.cholesky_ex(
+                lower, out=(lower, torch.empty((), dtype=torch.int32, device=lower.device))
+            )
             if int(info) != 0:
                 continue
-            upper = invert_lower_(lower).flip(0, 1).float()
+            reverse_(invert_lower_(lower).mT.view(-1))
+            upper = lower.float()
             if all_finite(upper):
                 return InverseFactor(upper, added, fraction + floor / mean, precision, n_attempts)
     raise NumericsError(
@@ -129,3 +133,14 @@ def invert_lower_(lower: Tensor) -> Tensor:
     invert_lower_(last)
     corner.copy_(-(last @ (corner @ first)))
     return lower
+
+
+def reverse_(values: Tensor) -> None:
+    """Reverse `values` [n] in place. Of a matrix laid out in memory that is J M J."""
+    n = len(values)
+    for start in range(0, n // 2, REVERSED):
+        stop = min(start + REVERSED, n // 2)
+        front, back = values[start:stop], values[n - stop : n - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
