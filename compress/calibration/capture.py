@@ -74,55 +74,79 @@ class Stopped:
     x: Tensor
 
 
-class Forward:
-    """One batch on its way through one block."""
+class _Runner(greenlet):
+    """A greenlet that knows what may be emptied while it waits: tensors of `watched_numel` elements or more."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor], spill: Spill | None):
-        self._greenlet = greenlet(run)
-        self._spill = spill
+    spill: Spill
+    watched_numel: int
+
+
+class Forward:
+    """One batch on its way through one block. While it waits, what memory has no room for lies on disk."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], spill: Spill):
+        self._greenlet = _Runner(run)
+        self._greenlet.spill = self._spill = spill
         self.stopped: Stopped | None = None
         self.output: Tensor | None = None
 
     def start(self, hidden: Tensor) -> None:
+        self._greenlet.watched_numel = hidden.numel()
         self._note(self._greenlet.switch(hidden))
 
     def resume(self) -> None:
-        if self._spill is not None:
-            self._spill.fill()
+        self._spill.fill()
         self.stopped = None
         self._note(self._greenlet.switch())
 
     def input(self) -> Tensor:
         """The input of the site where it waits."""
         assert self.stopped is not None
-        if self._spill is not None:
-            self._spill.peek(self.stopped.x)
+        self._spill.peek(self.stopped.x)
         return self.stopped.x
 
     def rest(self) -> None:
         """The input was used: let go of memory until `resume`."""
-        if self._spill is not None:
-            self._spill.empty()
+        self._spill.empty()
 
     def abandon(self) -> None:
         """End a waiting forward without finishing it."""
         if not self._greenlet.dead:
             self._greenlet.throw()
         self.stopped = None
-        if self._spill is not None:
-            self._spill.close()
+        self._spill.close()
 
     def _note(self, result: Any) -> None:
         if self._greenlet.dead:
             self.output = result
-            if self._spill is not None:
-                self._spill.close()
+            self._spill.close()
             return
         site, x = result
         self.stopped = Stopped(site, x)
-        if self._spill is not None:
-            self._spill.watch(x)
-            self._spill.empty()
+        self._spill.watch(x)
+        self._spill.empty()
+
+
+class Watch:
+    """Shows the large tensors that go in and out of a block's modules to the forward that runs, until `end`."""
+
+    def __init__(self, block: nn.Module):
+        modules = list(block.modules())
+        self._hooks = [module.register_forward_pre_hook(self._see) for module in modules]
+        self._hooks += [module.register_forward_hook(self._see) for module in modules]
+
+    def end(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @staticmethod
+    def _see(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        runner = greenlet.getcurrent()
+        if isinstance(runner, _Runner):
+            for value in (*args, *(output if isinstance(output, tuple) else (output,))):
+                if isinstance(value, Tensor) and value.numel() >= runner.watched_numel:
+                    runner.spill.watch(value)
 
 
 class BlockPass:
@@ -152,9 +176,11 @@ class BlockPass:
         self.gates: dict[str, list[Gate]] = {}
         self.forwards: list[Forward] = []
         self._done: set[str] = set()
+        self._watch: Watch | None = None
 
     def __enter__(self) -> BlockPass:
         self.gates = place_gates(self.sites)
+        self._watch = Watch(self.block)
         if self.original is not None:
             self.original.place_gates(self.sites)
         return self
@@ -162,6 +188,8 @@ class BlockPass:
     def __exit__(self, *_: object) -> None:
         for forward in self.forwards:
             forward.abandon()
+        if self._watch is not None:
+            self._watch.end()
         for site, places in self.sites.items():
             for (parent, attribute), gate in zip(places, self.gates[site], strict=True):
                 parent._modules[attribute] = gate.target
@@ -241,8 +269,10 @@ class OriginalStream:
     def place_gates(self, sites: dict[str, list[Place]]) -> None:
         self._sites = {site: [self.twin(place) for place in places] for site, places in sites.items()}
         self._gates = place_gates(self._sites)
+        self._watch = Watch(self.block)
 
     def remove_gates(self) -> None:
+        self._watch.end()
         for batch, forward in enumerate(self.forwards):
             if forward.output is not None:
                 self._outputs[batch] = forward.output
@@ -283,36 +313,18 @@ class OriginalStream:
 def start_forward(
     block: nn.Module, call: BlockCall, batch: int, hidden: HiddenStates | ReadOnly, device: torch.device, scratch: Path
 ) -> Forward:
-    """Send one batch on its way. Batches that live on disk, or run on an accelerator, are emptied while they wait."""
-    spill = None
-    if not hidden.in_memory[batch] or device.type != "cpu":
-        spill = Spill(to_disk=not hidden.in_memory[batch], folder=scratch)
-    forward = Forward(lambda x: _watched_call(block, call, batch, x, spill), spill)
-    forward.start(hidden[batch].to(device))
-    return forward
-
-
-def _watched_call(block: nn.Module, call: BlockCall, batch: int, hidden: Tensor, spill: Spill | None) -> Tensor:
-    if spill is None:
-        return call(block, batch, hidden)
-    owner = greenlet.getcurrent()
-
-    def see(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        if greenlet.getcurrent() is owner:
-            for value in (*args, *(output if isinstance(output, tuple) else (output,))):
-                if isinstance(value, Tensor) and value.numel() >= hidden.numel():
-                    spill.watch(value)
-
+    """Send one batch on its way."""
+    spill = Spill(hidden.allowance, scratch)
     for tensor in call.shared(batch):
         spill.keep(tensor)
-    spill.watch(hidden)
-    hooks = [m.register_forward_pre_hook(see) for m in block.modules()]
-    hooks += [m.register_forward_hook(see) for m in block.modules()]
-    try:
-        return call(block, batch, hidden)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    start = hidden[batch].to(device)
+    if hidden.in_memory[batch] and device.type == "cpu":
+        spill.keep(start)  # it lies in `hidden`, which counts it
+    else:
+        spill.watch(start)
+    forward = Forward(lambda x: call(block, batch, x), spill)
+    forward.start(start)
+    return forward
 
 
 def place_gates(sites: dict[str, list[Place]]) -> dict[str, list[Gate]]:

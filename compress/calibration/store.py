@@ -73,12 +73,28 @@ def raw(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+class Allowance:
+    """How many bytes of activations may lie in memory, and how many do. One for all that live at a time."""
+
+    def __init__(self, cap_bytes: int):
+        self.cap_bytes, self.held = cap_bytes, 0
+
+    def take(self, nbytes: int) -> bool:
+        """Whether there is room; if so it is taken."""
+        fits = self.held + nbytes <= self.cap_bytes
+        self.held += nbytes if fits else 0
+        return fits
+
+    def give_back(self, nbytes: int) -> None:
+        self.held -= nbytes
+
+
 class ReadOnly:
     """Hidden states that a pass reads and does not overwrite: nobody wants its outputs."""
 
     def __init__(self, hidden: HiddenStates):
         self._hidden = hidden
-        self.in_memory = hidden.in_memory
+        self.in_memory, self.allowance = hidden.in_memory, hidden.allowance
 
     def __len__(self) -> int:
         return len(self._hidden)
@@ -91,15 +107,13 @@ class ReadOnly:
 
 
 class HiddenStates:
-    """One tensor per batch. The first batches that fit into `cap_bytes` stay in memory; the others go to disk."""
+    """One tensor per batch. The batches that fit into the allowance stay in memory; the others go to disk."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, cap_bytes: int, folder: Path):
-        self.shapes, self.dtype = shapes, dtype
-        self.in_memory: list[bool] = []
-        total = 0
-        for shape in shapes:
-            total += torch.Size(shape).numel() * dtype.itemsize
-            self.in_memory.append(total <= cap_bytes)
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, allowance: Allowance, folder: Path):
+        self.shapes, self.dtype, self.allowance = shapes, dtype, allowance
+        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
+        self.in_memory = [allowance.take(size) for size in sizes]
+        self._taken = sum(size for size, here in zip(sizes, self.in_memory, strict=True) if here)
         self._held: list[Tensor | None] = [None] * len(shapes)
         self._file = ScratchFile(folder)
         self._slots: dict[int, int] = {}
@@ -133,21 +147,25 @@ class HiddenStates:
 
     def close(self) -> None:
         self._held = [None] * len(self.shapes)
+        self.allowance.give_back(self._taken)
+        self._taken = 0
         self._file.close()
 
 
 class Spill:
-    """Empties the tensors that a stopped forward still holds, and fills them again before it goes on.
+    """Empties what a stopped forward still holds and the allowance has no room for, and fills it before it goes on.
 
     Only tensors that were seen by `watch` are touched, and of those only storages that nothing outside the forward shares
-    (`keep`). The bytes go to CPU memory (from an accelerator) or to disk.
+    (`keep`). What is on an accelerator goes to CPU memory while the allowance has room; everything else goes to disk.
     """
 
-    def __init__(self, to_disk: bool, folder: Path):
+    def __init__(self, allowance: Allowance, folder: Path):
+        self._allowance = allowance
         self._watched: list[weakref.ref[Tensor]] = []
         self._kept: set[int] = set()
-        self._file = ScratchFile(folder) if to_disk else None
+        self._file = ScratchFile(folder)
         self._saved: dict[int, _Saved] = {}  # by identity of the storage
+        self._allowed: dict[int, int] = {}  # bytes taken from the allowance, by identity of the storage
 
     def keep(self, tensor: Tensor) -> None:
         """Leave this tensor alone: it is shared with other forwards."""
@@ -157,15 +175,22 @@ class Spill:
         self._watched.append(weakref.ref(tensor))
 
     def empty(self) -> None:
-        """Move the storages of all watched tensors that are still alive away. What `peek` brought back is just dropped."""
+        """Move the storages of watched tensors that are still alive away, as far as they must be. What `peek` brought back
+        is just dropped."""
         alive = [tensor for reference in self._watched if (tensor := reference()) is not None]
         self._watched = [weakref.ref(tensor) for tensor in alive]
         for tensor in alive:
-            storage = tensor.untyped_storage()
-            if _identity(tensor) in self._kept or storage.nbytes() == 0:
+            storage, identity = tensor.untyped_storage(), _identity(tensor)
+            on_cpu = storage.device.type == "cpu"
+            if identity in self._kept or storage.nbytes() == 0 or (on_cpu and identity in self._allowed):
                 continue
-            if _identity(tensor) not in self._saved:
-                self._saved[_identity(tensor)] = self._save(storage)
+            if identity not in self._saved:
+                allowed = self._allowance.take(storage.nbytes())
+                if allowed:
+                    self._allowed[identity] = storage.nbytes()
+                    if on_cpu:
+                        continue
+                self._saved[identity] = self._save(storage, to_disk=not allowed)
             storage.resize_(0)
 
     def peek(self, tensor: Tensor) -> None:
@@ -179,18 +204,22 @@ class Spill:
         for saved in self._saved.values():
             self._restore(saved)
         self._saved.clear()
-        if self._file is not None:
-            self._file.forget()
+        self._file.forget()
+        self._give_back()
 
     def close(self) -> None:
         """The forward has ended."""
         self._saved.clear()
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
+        self._give_back()
 
-    def _save(self, storage: torch.UntypedStorage) -> _Saved:
+    def _give_back(self) -> None:
+        self._allowance.give_back(sum(self._allowed.values()))
+        self._allowed.clear()
+
+    def _save(self, storage: torch.UntypedStorage, to_disk: bool) -> _Saved:
         data = _bytes_of(storage)
-        if self._file is None:
+        if not to_disk:
             return _Saved(storage, storage.nbytes(), data.to("cpu", copy=True))
         data = data.cpu()
         offset = self._file.allocate(data.nbytes)
@@ -205,7 +234,6 @@ class Spill:
         if isinstance(saved.place, Tensor):
             data.copy_(saved.place)
             return
-        assert self._file is not None
         buffer = data if data.device.type == "cpu" else torch.empty(saved.nbytes, dtype=torch.uint8)
         self._file.read(saved.place, raw(buffer))
         if buffer is not data:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.calibration.store import HiddenStates
+from compress.calibration.store import Allowance, HiddenStates
 from compress.checkpoint.source import find_source
 from compress.checkpoint.stream import StreamedModel
 from compress.errors import CheckpointError, RecipeError
@@ -165,7 +165,7 @@ class _Evaluation:
         batches = list(windows.ids.split(per_batch))
         first = model.embed(batches[0])
         shapes = [(*ids.shape, first.shape[-1]) for ids in batches]
-        hidden = HiddenStates(shapes, self.dtype, activation_limit(self.machine), scratch)
+        hidden = HiddenStates(shapes, self.dtype, Allowance(activation_limit(self.machine)), scratch)
         for batch, ids in enumerate(batches):
             hidden[batch] = model.embed(ids)
         self.progress.begin(f"evaluate {model.folder.name}", model.n_blocks, "block")
@@ -177,7 +177,7 @@ class _Evaluation:
             self.progress.advance(1)
         width = model.final_norm(hidden[0][:1, :1].to(self.device)).shape[-1]
         normed = HiddenStates(
-            [(*shape[:2], width) for shape in shapes], self.dtype, activation_limit(self.machine), scratch
+            [(*shape[:2], width) for shape in shapes], self.dtype, Allowance(activation_limit(self.machine)), scratch
         )
         for batch in range(len(hidden)):
             normed[batch] = model.final_norm(hidden[batch].to(self.device))

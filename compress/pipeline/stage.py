@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from compress.calibration.capture import BlockPass, Gate, OriginalStream, Place
 from compress.calibration.statistics import SiteStatistics, gather
-from compress.calibration.store import HiddenStates, ReadOnly
+from compress.calibration.store import Allowance, HiddenStates, ReadOnly
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from compress.checkpoint.stream import StreamedModel, load_module, rebuild_module, tensors_in
@@ -95,7 +95,7 @@ class Stage:
         self.plan, self.number, self.out, self.journal = plan, number, out, journal
         self.steps = plan.stages[number]
         self.batches, self.compute_dtype, self.device = batches, compute_dtype, device
-        self.activation_bytes, self.progress = activation_bytes, progress
+        self.allowance, self.progress = Allowance(activation_bytes), progress
         self.probe_ids = batches[0][:1, :PROBE_TOKENS]
         self.scratch = journal.path.parent
         self.float_dtype = TORCH_DTYPES[plan.float_dtype]
@@ -146,13 +146,13 @@ class Stage:
         first = self.model.embed(self.batches[0])
         width = first.shape[-1]
         shapes = [(*ids.shape, width) for ids in self.batches]
-        hidden = HiddenStates(shapes, self.compute_dtype, self.activation_bytes, self.scratch)
+        hidden = HiddenStates(shapes, self.compute_dtype, self.allowance, self.scratch)
         for batch, ids in enumerate(self.batches):
             hidden[batch] = self.model.embed(ids)
         return hidden
 
     def _copy(self, hidden: HiddenStates) -> HiddenStates:
-        copied = HiddenStates(hidden.shapes, hidden.dtype, self.activation_bytes, self.scratch)
+        copied = HiddenStates(hidden.shapes, hidden.dtype, self.allowance, self.scratch)
         for batch in range(len(hidden)):
             copied[batch] = hidden[batch]
         return copied

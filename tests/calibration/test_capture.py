@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration.capture import BlockPass, Gate, OriginalStream, Place
-from compress.calibration.store import HiddenStates
+from compress.calibration.store import Allowance, HiddenStates
 from compress.checkpoint.stream import StreamedModel, tensors_in
 from compress.models.families import module_name
 from tests.tiny_models import save_tiny
@@ -64,7 +64,7 @@ def open_block(folder: Path, index: int, cap: int, scratch: Path) -> tuple[Strea
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, 250, (2, 16), generator=generator) for _ in range(3)]
     first = model.embed(batches[0])
-    hidden = HiddenStates([tuple(first.shape)] * 3, torch.float32, cap, scratch)
+    hidden = HiddenStates([tuple(first.shape)] * 3, torch.float32, Allowance(cap), scratch)
     for i, ids in enumerate(batches):
         hidden[i] = model.embed(ids)
     return model, model.load_block(index), hidden
