@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.hub_server import HubServer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the workers of pytest-xdist share the cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,3 +60,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n".join(paragraphs))
     return file
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on this machine that the real client talks to, with an empty cache and without a token."""
+    from tests.hub_server import HubServer, connect
+
+    with HubServer() as server:
+        connect(server, tmp_path / "hub", monkeypatch)
+        yield server

@@ -1,6 +1,6 @@
 """`compress.load`: any checkpoint, original or compressed, as an ordinary transformers model.
 
-Compressed ones run on our packed modules, whether they are in our own format or compressed-tensors. Where
+Compressed ones run on our packed modules, whether they are in our own format, compressed-tensors, GPTQ or AWQ. Where
 `AutoModelForCausalLM.from_pretrained` would go on with random weights and a warning, this stops.
 """
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.description import GUARD, OWN, STANDARD, modules_of
+from compress.checkpoint.foreign import FOREIGN
 from compress.checkpoint.headers import TensorInfo, read_headers, read_json
-from compress.checkpoint.source import SHIPPED, SIDE_FILES, HubErrors
+from compress.checkpoint.seal import check_all
+from compress.checkpoint.source import SHIPPED, find_source
 from compress.errors import CheckpointError
 from compress.models.families import is_ignored
 
@@ -40,7 +42,8 @@ def load(
         revision: a branch, tag or commit on the Hub.
         attn_implementation: "sdpa", "eager", …, as in transformers.
 
-    Returns: a model in eval mode. `save_pretrained` writes the format that it was loaded from.
+    Returns: a model in eval mode. `save_pretrained` writes the format that it was loaded from; of GPTQ and AWQ, which are
+        brought into our order of codes, compressed-tensors where that can hold them, else our own.
     Raises: CheckpointError if the checkpoint is missing, damaged, incomplete or of a kind that cannot be run.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -52,6 +55,7 @@ def load(
         raise CheckpointError(f"device={device} and device_map={device_map!r}: choose one")
     folder = _folder(path, revision)
     infos = read_headers(folder)
+    check_all(folder, infos)
     raw = read_json(folder / "config.json")
     specs = modules_of(raw, infos)
     if raw.get("transformers_weights") == GUARD and _method(raw) != OWN:
@@ -67,6 +71,8 @@ def load(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if specs and _method(raw) == STANDARD:
         config.quantization_config = {"quant_method": OWN, "standard": _quantization(raw)}
+    if specs and _method(raw) in FOREIGN:
+        config.quantization_config = {"quant_method": OWN, "foreign": _quantization(raw)}
     model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
     _check_loaded(folder, info, infos)
     return model
@@ -83,10 +89,7 @@ def _folder(path: str | Path, revision: str | None) -> Path:
     name = str(path)
     if folder.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{path}: no such model folder (and no Hub id, which has the form owner/name)")
-    from huggingface_hub import snapshot_download
-
-    with HubErrors(name):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", *SIDE_FILES]))
+    return find_source(name, revision).fetch()
 
 
 def _quantization(raw: dict[str, Any]) -> dict[str, Any]:

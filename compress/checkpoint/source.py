@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.headers import TensorInfo, read_headers, read_json, weight_files
+from compress.checkpoint.hub import SIDE_FILES as SIDE_FILES
+from compress.checkpoint.hub import HubErrors as HubErrors
+from compress.checkpoint.hub import HubModel, find_on_hub
 from compress.errors import CheckpointError
 
 SHIPPED = "shipped"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
-SIDE_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model",
-    "chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "USAGE_POLICY*",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,22 @@ class Source:
     folder: Path | None
     revision: str | None = None
     files: tuple[str, ...] = ()
+    repo: str | None = None  # its id on the Hub, if it came from there
+    on_hub: HubModel | None = None
 
     @property
     def has_tokenizer(self) -> bool:
         return any(name in self.files for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"))
 
-    def fetch(self) -> Path:
-        """The local folder with all files, downloaded into the Hub's cache if it must be.
+    def fetch(self, note: Callable[[str], None] | None = None) -> Path:
+        """The local folder with all files, downloaded into the Hub's cache if it must be, which `note` is told.
 
         Raises: CheckpointError saying what failed and what to do.
         """
         if self.folder is not None:
             return self.folder
-        from huggingface_hub import snapshot_download
-
-        with HubErrors(self.name):
-            return Path(
-                snapshot_download(
-                    self.name,
-                    revision=self.revision,
-                    allow_patterns=["*.safetensors", "*.json", *SIDE_FILES, "README.md"],
-                )
-            )
+        assert self.on_hub is not None
+        return self.on_hub.fetch(note)
 
 
 def find_source(path: str, revision: str | None = None) -> Source:
@@ -86,54 +80,12 @@ def find_source(path: str, revision: str | None = None) -> Source:
 
 
 def _find_on_hub(repo: str, revision: str | None) -> Source:
-    from huggingface_hub import HfApi, hf_hub_download
-
+    found = find_on_hub(repo, revision)
+    if isinstance(found, Path):
+        names = tuple(sorted(p.name for p in found.iterdir() if p.is_file()))
+        return Source(repo, read_json(found / "config.json"), read_headers(found), found, revision, names, repo)
     with HubErrors(repo):
-        api = HfApi()
-        files = tuple(sorted(api.list_repo_files(repo, revision=revision)))
-        config = read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
-        metadata = api.get_safetensors_metadata(repo, revision=revision)
-    infos = {}
-    for file, content in metadata.files_metadata.items():
-        for name, tensor in content.tensors.items():
-            begin, end = tensor.data_offsets
-            infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(file), begin, end - begin)
-    return Source(repo, config, infos, None, revision, files)
-
-
-class HubErrors:
-    """Turns what the Hub's client raises into one line with a remedy."""
-
-    def __init__(self, repo: str):
-        self.repo = repo
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
-            return
-        from huggingface_hub import errors
-
-        local = "or download it elsewhere and give its folder: --set model=FOLDER"
-        unreachable = (
-            f"no such folder here, and the Hub cannot be reached ({type(error).__name__}); check the network, {local}"
-        )
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            why = unreachable
-        elif isinstance(error, errors.HFValidationError):
-            why = "no such folder here, and no name that a model on the Hub can have; check the path"
-        elif isinstance(error, errors.GatedRepoError):
-            why = f"access is gated; accept its licence on its Hub page, then: hf auth login, {local}"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            why = f"no such folder here and no such model on the Hub (or it is private: hf auth login), {local}"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            why = "the Hub has no such revision of it; check model.revision"
-        elif isinstance(error, errors.EntryNotFoundError | errors.NotASafetensorsRepoError):
-            why = "the Hub has no safetensors weights or no config.json for it; choose a repository with safetensors"
-        else:
-            why = unreachable
-        raise CheckpointError(f"{self.repo}: {why}") from None
+        return Source(repo, found.config(), found.headers(), None, revision, tuple(sorted(found.sizes)), repo, found)
 
 
 def tokenizer_size(source: Source) -> int | None:

@@ -89,7 +89,6 @@ def test_a_file(folder: Path) -> None:
         ("GatedRepoError", "access is gated; accept its licence .*hf auth login"),
         ("RevisionNotFoundError", "no such revision"),
         ("EntryNotFoundError", "no safetensors weights"),
-        ("NotASafetensorsRepoError", "no safetensors weights"),
         ("LocalEntryNotFoundError", "cannot be reached .*check the network"),  # offline: also an EntryNotFoundError
         ("OfflineModeIsEnabled", "cannot be reached .*check the network"),
     ],
