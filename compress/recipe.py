@@ -55,6 +55,7 @@ def _as_tuple(value: Any) -> Any:
 STRINGS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1), WithJsonSchema(STRINGS_SCHEMA)]
 Name = Annotated[str, Field(min_length=1)]
+AUTO = r"^auto(:[1-9]\d*)?$"  # of a batch size: the harness finds it, N times in a run
 
 
 class Section(BaseModel):
@@ -127,6 +128,20 @@ class Evaluation(Data):
     )
     max_tokens: int | None = Field(None, ge=2, description="use the head of the text only")
     reference: bool = Field(True, description="also KL divergence and top-1 agreement with the original")
+    tasks: Strings | None = Field(
+        None, description="also these tasks, groups or YAML files of lm-eval, on the original and the result"
+    )
+    include_path: Strings | None = Field(None, description="folders of further tasks")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="solved examples in front of each question [default: as the task says]"
+    )
+    limit: float | None = Field(
+        None, gt=0, description="so many questions of each task; below 1 a share of them [default: all]"
+    )
+    batch_size: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=AUTO)] | None = Field(
+        None, description="requests that run together: a number or auto [default: auto on GPU, 8 on CPU]"
+    )
+    apply_chat_template: bool = Field(False, description="put the questions as messages of a chat")
 
 
 class Output(Section):

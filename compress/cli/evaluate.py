@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from compress.cli.options import (
     ActivationMemory,
     Debug,
     Device,
+    IncludePath,
     Json,
     ModelFolder,
     Quiet,
@@ -24,11 +26,18 @@ from compress.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from compress.cli.progress import Display
+    from compress.evaluation.zeroshot import TaskSettings
+    from compress.pipeline.run import Machine
     from compress.recipe import Evaluation
 
 Reference = Annotated[
     str | None,
-    typer.Option("--reference", metavar="ORIGINAL", help="also KL divergence and top-1 agreement with this model"),
+    typer.Option(
+        "--reference",
+        metavar="ORIGINAL",
+        help="beside this model: KL divergence and top-1 agreement; of tasks, the difference and which answers changed",
+    ),
 ]
 Data = Annotated[
     list[str] | None,
@@ -52,6 +61,73 @@ Stride = Annotated[
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="use the head of the text only")]
 
 
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        metavar="NAME,…",
+        help="run these benchmarks of lm-eval, or YAML files of tasks, instead of perplexity; with --data (or another "
+        "option of the text) perplexity as well; `compress tasks` lists the names (repeatable)",
+    ),
+]
+NumFewshot = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot",
+        min=0,
+        help="solved examples in front of each question  [default: as the task says]",
+        show_default=False,
+    ),
+]
+Limit = Annotated[
+    float | None,
+    typer.Option(
+        "--limit", help="so many questions of each task; below 1 a share of them  [default: all]", show_default=False
+    ),
+]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N|auto",
+        help="requests of tasks that run together  [default: auto on a GPU, 8 on a CPU]",
+        show_default=False,
+    ),
+]
+ChatTemplate = Annotated[
+    bool, typer.Option("--apply-chat-template", help="put the questions of tasks as messages of a chat")
+]
+TaskSeed = Annotated[
+    str | None,
+    typer.Option(
+        "--seed",
+        metavar="N|N,N,N,N",
+        help="of tasks: one, or those of python, numpy, torch, few-shot; `none` leaves one unset  [default: 0,1234,1234,1234]",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="of the arithmetic of tasks: auto (as in the checkpoint), float32, bfloat16, float16"),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="DIR", help="keep the answers to tasks there; an interrupted evaluation goes on"),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", metavar="DIR|FILE.json", help="save the results of tasks there, as lm-eval does (--output_path)"
+    ),
+]
+LogSamples = Annotated[
+    bool, typer.Option("--log-samples", help="save each question and answer beside the results of --output")
+]
+UnsafeCode = Annotated[
+    bool, typer.Option("--confirm-run-unsafe-code", help="run tasks that execute what the model writes")
+]
+
+
 def evaluate(
     model: ModelFolder,
     reference: Reference = None,
@@ -62,6 +138,18 @@ def evaluate(
     length: Length = None,
     stride: Stride = None,
     max_tokens: MaxTokens = None,
+    tasks: Tasks = None,
+    include_path: IncludePath = None,
+    num_fewshot: NumFewshot = None,
+    limit: Limit = None,
+    batch_size: BatchSize = None,
+    apply_chat_template: ChatTemplate = False,
+    seed: TaskSeed = None,
+    dtype: Dtype = "auto",
+    cache: Cache = None,
+    output: Output = None,
+    log_samples: LogSamples = False,
+    confirm_run_unsafe_code: UnsafeCode = False,
     device: Device = "auto",
     activation_memory: ActivationMemory = None,
     revision: Revision = None,
@@ -70,37 +158,104 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity on held-out text, and fidelity to the original. Blocks are streamed: a whole model is never in memory.
+    """Measure perplexity on held-out text, and fidelity to the original; or run benchmarks of lm-eval (--tasks).
+
+    For perplexity, blocks are streamed: a whole model is never in memory. For tasks it is, packed if it is compressed.
 
     \b
     Example:  compress eval out/demo --reference shipped
+              compress eval out/demo --reference shipped --tasks arc_easy,hellaswag --limit 200
     """
-    for folder in filter(None, (model, reference)):
-        refuse_unfinished(folder)
-    from compress.calibration.data import check_data
-    from compress.cli.progress import Display
-    from compress.cli.show import print_json
-    from compress.evaluation.evaluate import evaluate as measure
-    from compress.pipeline.run import Machine
+    from compress.cli.task_options import task_settings
 
-    given = {
+    text = {
         "data": tuple(data) if data else None, "split": split, "subset": subset, "column": column, "length": length,
         "stride": stride, "max_tokens": max_tokens,
     }  # fmt: skip
+    text = {key: value for key, value in text.items() if value is not None}
+    wanted = task_settings(
+        tasks,
+        {
+            "include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size,
+            "apply_chat_template": apply_chat_template, "seed": seed, "dtype": dtype, "cache": cache, "output": output,
+            "log_samples": log_samples, "confirm_run_unsafe_code": confirm_run_unsafe_code,
+        },
+    )  # fmt: skip
+    for folder in filter(None, (model, reference)):
+        refuse_unfinished(folder)
+    from compress.cli.progress import Display
+    from compress.cli.show import print_json
+    from compress.evaluation.processes import is_main_process
+    from compress.pipeline.run import Machine
+
     activation_bytes = None if activation_memory is None else parse_size(activation_memory, "--activation-memory")
-    with _flags_named(), Display(quiet) as display:
-        settings = _settings({key: value for key, value in given.items() if value is not None})
+    machine = Machine(check_device(device), activation_bytes)
+    places: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with Display(quiet or not is_main_process()) as display:
+        settings = None if wanted and not text else _checked(text)
+        scores = _run_tasks(model, reference, wanted, machine, display, places, output) if wanted else {}
+        if not is_main_process():
+            return
+        found = _perplexity(model, reference, settings, machine, display, places) if settings else {}
+    if output is not None:
+        _save(scores, output, log_samples)
+    print_json(_for_programs(found, scores, log_samples)) if as_json else _print(found, scores)
+
+
+def _checked(text: dict[str, Any]) -> Evaluation:
+    from compress.calibration.data import check_data
+
+    with _flags_named():
+        settings = _settings(text)
         check_data(settings, "evaluation")
-        found = measure(
-            model,
-            reference=reference,
-            settings=settings,
-            machine=Machine(check_device(device), activation_bytes),
-            progress=display,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-    print_json(found) if as_json else _print(found)
+    return settings
+
+
+def _perplexity(
+    model: str, reference: str | None, settings: Evaluation, machine: Machine, display: Display, places: dict[str, Any]
+) -> dict[str, Any]:
+    from compress.evaluation.evaluate import evaluate as measure
+
+    with _flags_named():
+        return measure(model, reference=reference, settings=settings, machine=machine, progress=display, **places)
+
+
+def _run_tasks(
+    model: str, reference: str | None, settings: TaskSettings, machine: Machine, display: Display, places: dict[str, Any],
+    output: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    from compress.evaluation.zeroshot import check_writable, evaluate_tasks
+
+    if output is not None:
+        check_writable(output, "--output")
+    return evaluate_tasks(model, settings, reference=reference, machine=machine, progress=display, **places)
+
+
+def _save(scores: dict[str, Any], output: Path, log_samples: bool) -> None:
+    from compress.cli.show import note
+    from compress.evaluation.zeroshot import save_results
+
+    for role in ("reference", "model"):
+        if role in scores:
+            beside = output.with_name(f"{output.stem}_reference.json") if output.suffix == ".json" else output
+            place = beside if role == "reference" else output
+            note(f"saved {save_results(scores[role], place, log_samples)}")
+
+
+def _for_programs(found: dict[str, Any], scores: dict[str, Any], log_samples: bool) -> dict[str, Any]:
+    """Of perplexity what `compress.evaluate` returns; with tasks lm-eval's own dictionary, and what it has no place for
+    under "compress"."""
+    if not scores:
+        return found
+    kept = {
+        role: {key: value for key, value in scores[role].items() if key != "samples" or log_samples}
+        for role in ("model", "reference")
+        if role in scores
+    }
+    more: dict[str, Any] = {"perplexity": found} if found else {}
+    if "comparison" in scores:
+        more |= {"reference": kept["reference"], "comparison": scores["comparison"]}
+    return {**kept["model"], **({"compress": more} if more else {})}
 
 
 @contextmanager
@@ -129,7 +284,19 @@ def _settings(given: dict[str, Any]) -> Evaluation:
         raise RecipeError(f"evaluation.{one_line(error, Evaluation)}") from None
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(found: dict[str, Any], scores: dict[str, Any]) -> None:
+    from compress.cli.scores import comparison_table, scores_table
+    from compress.cli.show import out, show
+
+    if found:
+        _print_perplexity(found)
+    if found and scores:
+        out("")
+    if scores:
+        show(comparison_table(scores) if "comparison" in scores else scores_table(scores["model"]))
+
+
+def _print_perplexity(found: dict[str, Any]) -> None:
     from compress.cli.show import out, pairs, show, table
     from compress.cli.summary import described, fidelity_rows
 

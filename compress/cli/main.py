@@ -28,6 +28,7 @@ from compress.cli.plan import plan
 from compress.cli.recipes import recipes
 from compress.cli.run import run
 from compress.cli.signals import Ended, raised
+from compress.cli.tasks import tasks
 from compress.errors import CompressError, RecipeError
 
 FAILED, WRONG_USE = 1, 2
@@ -41,7 +42,8 @@ app = typer.Typer(
 )
 app.command(short_help="compress a checkpoint and measure the result")(run)
 app.command(short_help="what a run would do: layers, bytes, memory, time")(plan)
-app.command("eval", short_help="perplexity, and fidelity to the original")(evaluate)
+app.command("eval", short_help="perplexity, fidelity to the original, and benchmarks")(evaluate)
+app.command(short_help="the benchmarks that eval knows")(tasks)
 app.command(short_help="let a model go on from a prompt")(generate)
 app.command(short_help="method, representation and bytes of each layer")(inspect)
 app.command(short_help="the methods that a recipe can name, and their settings")(methods)
@@ -134,7 +136,10 @@ def quiet_libraries() -> None:
     """Other packages' log lines and bars between ours help nobody. Set by the user, they stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def share_the_machine() -> None:

@@ -78,6 +78,10 @@ ActivationMemory = Annotated[
 Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit on the Hub")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
 Layers = Annotated[bool, typer.Option("--layers", help="a row for each layer, instead of one for those that are alike")]
+IncludePath = Annotated[
+    list[str] | None,
+    typer.Option("--include-path", metavar="DIR", help="a folder with YAML files of further tasks (repeatable)"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else, on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr; errors and warnings stay")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error", callback=_set_debug)]

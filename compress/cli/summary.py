@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.cli.scores import task_rows
 from compress.cli.show import (
     human_bytes,
     human_time,
@@ -64,7 +65,7 @@ def _quality(report: dict[str, Any]) -> list[tuple[str, ...]]:
         ("bits_per_byte", "bits per byte of text", ""),
     ):
         rows.append((name, f"{before[key]:.4f}", f"{after[key]:.4f}", percent(after[key], before[key]), where))
-    return rows
+    return [*rows, *(task_rows(evaluation["tasks"]) if "tasks" in evaluation else ())]
 
 
 def described(evaluation: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """`compress eval`: perplexity of a checkpoint, and its fidelity to a reference, streamed block by block.
 
-Neither model is ever in memory as a whole, nor do the two meet: of the reference only the final normed hidden states stay
-(in memory or on disk), of which its head makes logits again, chunk by chunk.
+Neither model is ever in memory as a whole: a block of each at a time, side by side, and the hidden states of both (in memory
+or on disk). Of these, at the end, the heads make logits, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from compress.calibration.store import Allowance, HiddenStates
 from compress.checkpoint.source import find_source
 from compress.checkpoint.stream import StreamedModel
 from compress.errors import CheckpointError, RecipeError
+from compress.evaluation.blocks import not_comparable, obstacle, run_in_step
 from compress.evaluation.fidelity import compare, score
 from compress.evaluation.windows import Windows, cut_windows
 from compress.pipeline.progress import Progress, Silent
@@ -66,10 +67,15 @@ def evaluate_run(plan: Plan, source: Path, out: Path, machine: Machine, progress
     settings = plan.recipe.evaluation
     assert settings
     device, dtype = compute_place(plan, machine)
-    run = _Evaluation(settings, machine, progress, device, dtype, plan.recipe.model.trust_remote_code)
+    remote_code = plan.recipe.model.trust_remote_code
+    run = _Evaluation(settings, machine, progress, device, dtype, remote_code)
     with_original = run(out, source if settings.reference else None)
     if not settings.reference:
         with_original["reference"] = run(source, None)["model"]
+    if settings.tasks:
+        from compress.evaluation.zeroshot import evaluate_tasks_of_run
+
+        with_original["tasks"] = evaluate_tasks_of_run(settings, out, source, machine, progress, remote_code)
     return with_original
 
 
@@ -106,8 +112,7 @@ class _Evaluation:
                 return {"text": text, "model": {"path": str(folder), **scores.to_dict(windows)}}
             original = self._open(reference)
             self._check_same_tokens(model, original)
-            reference_hidden = self.final_hidden(original, windows, Path(scratch))
-            hidden = self.final_hidden(model, windows, Path(scratch))
+            reference_hidden, hidden, blocks = self._both(original, model, windows, Path(scratch))
             theirs, ours, fidelity = compare(
                 windows,
                 reference_hidden,
@@ -124,6 +129,7 @@ class _Evaluation:
             "reference": {"path": str(reference), **theirs.to_dict(windows)},
             "model": {"path": str(folder), **ours.to_dict(windows)},
             "fidelity": fidelity,
+            "hidden_states": blocks,
         }
 
     def _open(self, folder: Path) -> StreamedModel:
@@ -157,17 +163,28 @@ class _Evaluation:
         return cut_windows(ids, length, len(text.encode()), self.settings.stride, self.settings.max_tokens, bos)
 
     @torch.no_grad()
-    def final_hidden(self, model: StreamedModel, windows: Windows, scratch: Path) -> HiddenStates:
-        """Final normed hidden states of all windows: every block is loaded once and runs on all of them."""
-        from compress.pipeline.run import activation_limit
+    def _both(
+        self, original: StreamedModel, model: StreamedModel, windows: Windows, scratch: Path
+    ) -> tuple[HiddenStates, HiddenStates, dict[str, Any]]:
+        """Final normed hidden states of both models, and how they drift apart, where blocks correspond to each other."""
+        allowance = self._allowance()
+        reason = obstacle(model, original)
+        if reason is not None:
+            theirs = self.final_hidden(original, windows, scratch, allowance)
+            return theirs, self.final_hidden(model, windows, scratch, allowance), not_comparable(reason)
+        theirs, ours = (self._embedded(m, windows, scratch, allowance) for m in (original, model))
+        self.progress.begin(f"evaluate {model.folder.name} beside {original.folder.name}", model.n_blocks, "block")
+        errors = run_in_step(model, ours, original, theirs, self.progress.advance)
+        theirs, ours = self._normed(original, theirs, scratch), self._normed(model, ours, scratch)
+        self.progress.end()
+        return theirs, ours, errors.to_dict()
 
-        per_batch = max(1, BATCH_TOKENS // windows.ids.shape[1])
-        batches = list(windows.ids.split(per_batch))
-        first = model.embed(batches[0])
-        shapes = [(*ids.shape, first.shape[-1]) for ids in batches]
-        hidden = HiddenStates(shapes, self.dtype, Allowance(activation_limit(self.machine)), scratch)
-        for batch, ids in enumerate(batches):
-            hidden[batch] = model.embed(ids)
+    @torch.no_grad()
+    def final_hidden(
+        self, model: StreamedModel, windows: Windows, scratch: Path, allowance: Allowance | None = None
+    ) -> HiddenStates:
+        """Final normed hidden states of all windows: every block is loaded once and runs on all of them."""
+        hidden = self._embedded(model, windows, scratch, allowance or self._allowance())
         self.progress.begin(f"evaluate {model.folder.name}", model.n_blocks, "block")
         for index in range(model.n_blocks):
             block = model.load_block(index)
@@ -175,15 +192,37 @@ class _Evaluation:
                 hidden[batch] = model.call_block(block, index, hidden[batch].to(self.device))
             model.unload_block(index)
             self.progress.advance(1)
+        normed = self._normed(model, hidden, scratch)
+        self.progress.end()
+        return normed
+
+    def _allowance(self) -> Allowance:
+        from compress.pipeline.run import activation_limit
+
+        return Allowance(activation_limit(self.machine))
+
+    def _embedded(self, model: StreamedModel, windows: Windows, scratch: Path, allowance: Allowance) -> HiddenStates:
+        """What enters the first block, a batch of windows at a time."""
+        batches = list(windows.ids.split(max(1, BATCH_TOKENS // windows.ids.shape[1])))
+        width = model.embed(batches[0]).shape[-1]
+        hidden = HiddenStates([(*ids.shape, width) for ids in batches], self.dtype, allowance, scratch)
+        for batch, ids in enumerate(batches):
+            hidden[batch] = model.embed(ids)
+        return hidden
+
+    def _normed(self, model: StreamedModel, hidden: HiddenStates, scratch: Path) -> HiddenStates:
+        """The last block's output through the final norm; in the same place unless that changes the width."""
         width = model.final_norm(hidden[0][:1, :1].to(self.device)).shape[-1]
-        normed = HiddenStates(
-            [(*shape[:2], width) for shape in shapes], self.dtype, Allowance(activation_limit(self.machine)), scratch
-        )
+        normed = hidden
+        if width != hidden.shapes[0][-1]:
+            shapes: list[tuple[int, ...]] = [(*shape[:2], width) for shape in hidden.shapes]
+            normed = HiddenStates(shapes, self.dtype, hidden.allowance, scratch)
         for batch in range(len(hidden)):
             normed[batch] = model.final_norm(hidden[batch].to(self.device))
-            hidden.drop(batch)
-        hidden.close()
-        self.progress.end()
+            if normed is not hidden:
+                hidden.drop(batch)
+        if normed is not hidden:
+            hidden.close()
         return normed
 
 
