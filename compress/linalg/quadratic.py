@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TILE = (
-    1024  # columns of the second moment at a time: large enough for GEMM speed, small enough to skip the mirrored half
-)
+TILE = 1024  # columns of a tile of the second moment: large enough for GEMM speed; temporaries have as many
 
 
 def row_energy(matrix: Tensor, hessian: Tensor) -> Tensor:
@@ -20,10 +18,11 @@ def row_energy(matrix: Tensor, hessian: Tensor) -> Tensor:
     Returns: [rows], in the dtype of `matrix`.
     """
     total = torch.zeros(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    for start in range(0, matrix.shape[1], TILE):
+    starts = range(0, matrix.shape[1], TILE)
+    for start in starts:
         tile = matrix[:, start : start + TILE]
-        stop = start + tile.shape[1]
-        total += ((tile @ hessian[start:stop, start:stop]) * tile).sum(1)
-        if stop < matrix.shape[1]:
-            total += 2 * ((tile @ hessian[start:stop, stop:]) * matrix[:, stop:]).sum(1)
+        for other in starts[start // TILE :]:
+            block = hessian[start : start + TILE, other : other + TILE]
+            share = (tile @ block).mul_(matrix[:, other : other + TILE]).sum(1)
+            total.add_(share, alpha=1 if other == start else 2)
     return total
