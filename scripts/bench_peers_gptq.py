@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration rows [default: 32]")
     parser.add_argument("--length", type=int, default=512, help="tokens in a row [default: 512]")
     parser.add_argument("--damping", type=float, default=0.01, help="for all [default: 0.01]")
-    parser.add_argument("--activation-memory", default="16MiB", help="for our second run of a round [default: 16MiB]")
+    parser.add_argument("--activation-memory", default="64MiB", help="for our second run of a round [default: 64MiB]")
     parser.add_argument("--work", type=Path, help="folder for models and results, kept; by default a temporary one")
     parser.add_argument("--json", type=Path, help="file for the figures of every run")
     options = parser.parse_args()
