@@ -41,7 +41,9 @@ class Distance:
     def add(self, found: Tensor, true: Tensor) -> None:
         """`found` and `true`: hidden states [batch, length, hidden_size] of the same tokens."""
         found, true = found.float().flatten(0, 1), true.float().flatten(0, 1)
-        ours, theirs, both = (torch.linalg.vecdot(a, b).double() for a, b in ((found, found), (true, true), (found, true)))
+        ours, theirs, both = (
+            torch.linalg.vecdot(a, b).double() for a, b in ((found, found), (true, true), (found, true))
+        )
         gap = found - true
         squared = torch.linalg.vecdot(gap, gap).double()
         self.error += float((squared / theirs.clamp_min(TINY)).sqrt().sum())
@@ -95,7 +97,11 @@ def obstacle(model: StreamedModel, reference: StreamedModel) -> str | None:
 
 
 def run_in_step(
-    model: StreamedModel, ours: HiddenStates, reference: StreamedModel, theirs: HiddenStates, advance: Callable[[], None]
+    model: StreamedModel,
+    ours: HiddenStates,
+    reference: StreamedModel,
+    theirs: HiddenStates,
+    advance: Callable[[], None],
 ) -> BlockErrors:
     """Bring the hidden states of both models, [batch, length, hidden_size] each, from the first block's input to the last
     block's output, and compare them after every block. Each block is loaded once."""
