@@ -29,9 +29,17 @@ MOMENT_TILE = 256  # columns of a tile of X^T X: as fast as wide ones from here 
 
 @dataclass(frozen=True)
 class Request:
-    """One statistic of a site's input. Subclasses say what it costs; `needs_original` adds the original model's stream."""
+    """One statistic of a site's input. Subclasses say what it costs; `needs_original` adds the original model's stream.
+
+    `linear`: what it is of T x follows from what it is of x (`mapped`); others cannot be had for a leaf inside a module.
+    """
 
     needs_original: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+
+    def mapped(self, value: Tensor, input_map: Tensor) -> Tensor:
+        """This statistic of T x, T = `input_map` [n, in_features], from its `value` for x."""
+        raise NotImplementedError
 
     def nbytes(self, in_features: int) -> int:
         """Bytes held while the site is being calibrated."""
@@ -56,8 +64,18 @@ class Accumulator:
         raise NotImplementedError
 
 
+def _congruent(moment: Tensor, input_map: Tensor) -> Tensor:
+    """T M T^T."""
+    return input_map.to(moment.dtype) @ moment @ input_map.to(moment.dtype).T
+
+
 @dataclass(frozen=True)
 class SecondMoment(Request):
+    linear: ClassVar[bool] = True
+
+    def mapped(self, value: Tensor, input_map: Tensor) -> Tensor:
+        return _congruent(value, input_map)
+
     def nbytes(self, in_features: int) -> int:
         return 4 * in_features * in_features
 
@@ -71,6 +89,10 @@ class SecondMoment(Request):
 @dataclass(frozen=True)
 class CrossMoment(Request):
     needs_original: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+
+    def mapped(self, value: Tensor, input_map: Tensor) -> Tensor:
+        return _congruent(value, input_map)
 
     def nbytes(self, in_features: int) -> int:
         return 4 * in_features * in_features
@@ -106,6 +128,11 @@ class Sample(Request):
 
     n: int
 
+    linear: ClassVar[bool] = True
+
+    def mapped(self, value: Tensor, input_map: Tensor) -> Tensor:
+        return value @ input_map.T
+
     def nbytes(self, in_features: int) -> int:
         return 4 * self.n * in_features
 
@@ -122,6 +149,12 @@ class SiteStatistics:
 
     def __getitem__(self, request: Request) -> Tensor:
         return self.values[request]
+
+    def mapped(self, input_map: Tensor | None) -> SiteStatistics:
+        """Those of T x, T = `input_map` [n, in_features]; of x itself where it is None."""
+        if input_map is None:
+            return self
+        return SiteStatistics(self.n_tokens, {r: r.mapped(value, input_map) for r, value in self.values.items()})
 
 
 class _SecondMoment(Accumulator):

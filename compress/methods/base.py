@@ -41,6 +41,13 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """In place of a spec: the layer stays as it is, and why. The plan and the report say so."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Layer:
     """A layer to compress: its weight in float32 [out_features, in_features] whatever the layout on disk.
 
@@ -88,8 +95,22 @@ class SiteMethod(ABC):
 
     @classmethod
     @abstractmethod
-    def plan(cls, shape: LayerShape, config: Any) -> ModuleSpec:
-        """What the layer will store. Raises: RecipeError naming the layer, the reason and a value that works."""
+    def plan(cls, shape: LayerShape, config: Any) -> ModuleSpec | Kept:
+        """What the layer will store, or that it is kept.
+
+        Raises: RecipeError naming the layer, the reason and a value that works.
+        """
+
+    @classmethod
+    def in_multiple(cls, config: Any) -> int:
+        """What `in_features` of a layer must be a multiple of: a group of columns, a tile."""
+        return 1
+
+    @classmethod
+    def fitted(cls, config: Any, multiple: int) -> Any:
+        """`config` for a layer that a later step will compress further, which needs the inputs of each of its leaves to be a
+        multiple of `multiple`: ranks are rounded to it."""
+        return config
 
     @classmethod
     def statistics(cls, config: Any) -> tuple[Request, ...]:

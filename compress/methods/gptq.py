@@ -91,6 +91,10 @@ class GPTQ(SiteMethod):
         return quantized_spec(shape, config)
 
     @classmethod
+    def in_multiple(cls, config: GPTQConfig) -> int:
+        return max(config.group_size, 1)
+
+    @classmethod
     def statistics(cls, config: GPTQConfig) -> tuple[Request, ...]:
         return (SecondMoment(), CrossMoment()) if config.gptaq else (SecondMoment(),)
 

@@ -57,6 +57,10 @@ class RTN(SiteMethod):
         return quantized_spec(shape, config)
 
     @classmethod
+    def in_multiple(cls, config: RTNConfig) -> int:
+        return max(config.group_size, 1)
+
+    @classmethod
     def compress(
         cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
     ) -> dict[str, Outcome]:

@@ -15,9 +15,14 @@ from compress.modules.spec import ModuleSpec
 
 @dataclass(frozen=True)
 class Leaf:
-    """A matrix inside a module that a later step may compress in turn: float32 [out_features, in_features]."""
+    """A matrix inside a module that a later step may compress in turn: float32 [out_features, in_features].
+
+    Its input is `input_map` x for the input x of the module; None: x itself. So what is known about x (its second moment
+    H) need not be measured again for the leaf (it is T H T^T).
+    """
 
     weight: Tensor
+    input_map: Tensor | None = None  # T [in_features, the module's in_features]
 
 
 class CompressedModule(nn.Module, ABC):
@@ -53,8 +58,17 @@ class CompressedModule(nn.Module, ABC):
         return dict(self.state_dict())
 
     def leaves(self) -> dict[str, Leaf]:
-        """What a later step may compress. By default the weight as a whole."""
+        """What a later step may compress, in data order, names as in `spec.leaf_shapes`. By default the weight as a whole."""
         return {"": Leaf(self.dense(torch.float32))}
+
+    def with_leaf(self, name: str, module: CompressedModule, second_moment: Tensor | None) -> CompressedModule:
+        """This module with `module` in the place of leaf `name`; its spec is `spec.with_leaf(name, module.spec)`.
+
+        Leaves behind `name` are fitted anew, so that together they come as close as they can to what this module computed
+        before, on inputs with `second_moment` H [in_features, in_features]; None: as if H were the identity.
+        """
+        assert name == "", name
+        return module
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keep a dense copy in `dtype` until `release`, so that repeated forwards do not decode again."""

@@ -39,6 +39,19 @@ class ModuleSpec(ABC):
     def validate(self) -> None:
         """Raises CheckpointError where the numbers do not describe a module that can exist."""
 
+    def leaf_shapes(self) -> dict[str, tuple[int, int]]:
+        """The matrices inside that a later step may compress, in data order: name -> (out_features, in_features).
+
+        By default one without a name: the weight as a whole. Names are prefixes of the leaf's tensors once it is compressed:
+        leaf "right" is stored as right.weight_packed, ….
+        """
+        return {"": (self.out_features, self.in_features)}
+
+    def with_leaf(self, name: str, spec: ModuleSpec) -> ModuleSpec:
+        """This module with leaf `name` stored as `spec`."""
+        assert name == "", name
+        return spec
+
     def nbytes(self, float_dtype: str) -> int:
         """Bytes of the stored tensors, without the bias."""
         return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.tensors(float_dtype).values())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.calibration import statistics
-from compress.calibration.statistics import AbsMax, AbsMean, CrossMoment, Sample, SecondMoment, gather
+from compress.calibration.statistics import AbsMax, AbsMean, CrossMoment, Request, Sample, SecondMoment, gather
 from compress.errors import NumericsError
 
 
@@ -88,3 +88,21 @@ def test_bytes_announced_are_bytes_held(request_: statistics.Request) -> None:
     gatherer = gather((request_,), 16, 10, torch.Generator().manual_seed(0))
     gatherer.add(inputs(10, 16, 0), inputs(10, 16, 1))
     assert gatherer.result("site")[request_].nbytes == request_.nbytes(16)
+
+
+@pytest.mark.parametrize("request_", [SecondMoment(), CrossMoment(), Sample(8)], ids=lambda r: type(r).__name__)
+def test_statistics_of_a_linear_map_of_the_input_follow(request_: Request):
+    generator = torch.Generator().manual_seed(0)
+    x, original = (torch.randn(40, 6, generator=generator) for _ in range(2))
+    input_map = torch.randn(4, 6, generator=generator)
+
+    def gathered(*streams: torch.Tensor):
+        gatherer = gather((request_,), streams[0].shape[1], 40, torch.Generator().manual_seed(1))
+        gatherer.add(*streams)
+        return gatherer.result("here")
+
+    found = gathered(x, original)
+    assert found.mapped(None) is found
+    expected = gathered(x @ input_map.T, original @ input_map.T)
+    assert found.mapped(input_map).n_tokens == expected.n_tokens
+    torch.testing.assert_close(found.mapped(input_map)[request_], expected[request_], rtol=1e-5, atol=1e-5)
