@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.foreign import FOREIGN, Translated, quantization_of, translated
 from compress.checkpoint.names import compact, expand
 from compress.checkpoint.standard import STANDARD, standard_config, standard_holds, standard_modules
 from compress.errors import CheckpointError
@@ -50,8 +51,11 @@ def quantization_config(format_: str, specs: Mapping[str, ModuleSpec], architect
         format_: "compressed-tensors" (which `standard_holds`) or "compress".
         specs: its replaced modules by name on disk.
     """
-    if format_ == STANDARD:
-        return standard_config(specs, architecture)
+    return standard_config(specs, architecture) if format_ == STANDARD else own_config(specs)
+
+
+def own_config(specs: Mapping[str, ModuleSpec]) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint in our own format."""
     names: dict[ModuleSpec, list[str]] = {}
     for name, spec in specs.items():
         names.setdefault(spec, []).append(name)
@@ -65,11 +69,11 @@ def modules_of(config: Mapping[str, Any], infos: Mapping[str, TensorInfo] | None
 
     Args:
         config: the contents of config.json.
-        infos: the tensors on disk. With them the modules are checked; compressed-tensors cannot be read without them.
+        infos: the tensors on disk. With them the modules are checked; formats other than ours cannot be read without them.
 
     Raises: CheckpointError naming what is impossible, unknown to us, or not what is on disk.
     """
-    quantization = config.get("quantization_config") or config.get("compression_config")
+    quantization = quantization_of(config)
     if quantization is None:
         return {}
     if not isinstance(quantization, dict):
@@ -84,10 +88,16 @@ def modules_of(config: Mapping[str, Any], infos: Mapping[str, TensorInfo] | None
                 "a compressed-tensors checkpoint cannot be described without the headers of its files"
             )
         specs = dict(standard_modules({**config, "quantization_config": quantization}, infos))
+    elif method in FOREIGN:
+        if infos is None:
+            raise CheckpointError(f"a {method} checkpoint cannot be described without the headers of its files")
+        listed = translated(config, infos)
+        assert isinstance(listed, Translated)
+        return {name: layout.spec for name, layout in listed.layouts.items()}  # held to the headers already
     else:
         raise CheckpointError(
             f"config.json: the model is already quantized with {method!r}, which cannot be read here; "
-            f"use the original model, or one in the formats {STANDARD} (pack-quantized) or {OWN}"
+            f"use the original model, or one in the formats {STANDARD} (pack-quantized), {', '.join(FOREIGN)} or {OWN}"
         )
     if infos is not None:
         check_tensors(specs, infos)

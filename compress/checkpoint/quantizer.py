@@ -2,7 +2,8 @@
 
 It replaces the described modules before weights are read, after holding the description to the config's model and to
 the headers of the files: nothing is left random. It also runs compressed-tensors checkpoints on our modules, where
-`compress.load` put their config under ours (key "standard"); those are saved as compressed-tensors again.
+`compress.load` put their config under ours (key "standard"); those are saved as compressed-tensors again. GPTQ and AWQ
+ones (key "foreign") are loaded as they are stored and then brought into our order of codes, module by module.
 """
 
 from __future__ import annotations
@@ -18,9 +19,20 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.checkpoint.description import GUARD, OWN, OWN_INDEX, modules_of, quantization_config
+from compress.checkpoint.description import (
+    GUARD,
+    OWN,
+    OWN_INDEX,
+    STANDARD,
+    modules_of,
+    own_config,
+    quantization_config,
+    standard_holds,
+)  # fmt: skip
+from compress.checkpoint.foreign import Layout, Translated, translated
 from compress.checkpoint.headers import TensorInfo, read_header
 from compress.checkpoint.saving import guard_saving
+from compress.checkpoint.translate import Untranslated
 from compress.errors import CheckpointError, RecipeError
 from compress.models.architecture import Architecture
 from compress.models.experts import unfuse_experts, without_expert_converters
@@ -48,7 +60,7 @@ class CompressConfig(QuantizationConfigMixin):
         return self.fields.get("standard")
 
     def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.standard or self.fields)
+        return copy.deepcopy(self.standard or self.fields.get("foreign") or self.fields)
 
 
 class CompressQuantizer(HfQuantizer):
@@ -69,9 +81,11 @@ class CompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        infos = _headers(checkpoint_files)
+        stored = _headers(checkpoint_files)
         config = {**model.config.to_dict(), "quantization_config": self.quantization_config.to_dict()}
+        infos = translated(config, stored)
         specs = modules_of(config, infos)
+        layouts = infos.layouts if isinstance(infos, Translated) else {}
         architecture = _architecture(config, infos)
         if architecture is not None:
             of_experts = {n for site in architecture.all_sites() if site.expert is not None for n in site.linears}
@@ -83,9 +97,14 @@ class CompressQuantizer(HfQuantizer):
         for name, spec in specs.items():
             inner = module_name(architecture, name) if architecture is not None else name
             if inner.startswith(cut):
-                _replace(model, inner.removeprefix(cut), name, spec, dtype or torch.get_default_dtype())
+                _replace(
+                    model, inner.removeprefix(cut), name, spec, dtype or torch.get_default_dtype(), layouts.get(name)
+                )
         if architecture is not None:
-            _check_complete(model, cut, architecture, infos.keys(), self.unfused)
+            _check_complete(model, cut, architecture, stored.keys(), self.unfused)
+        if layouts:
+            self._describe_translated(specs, architecture, config)
+        if architecture is not None:
             self._describe_as_saved(specs, architecture, config)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -93,7 +112,9 @@ class CompressQuantizer(HfQuantizer):
         }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for name, module in model.named_modules():
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Untranslated):
+                model.set_submodule(name, module.translated())
             if isinstance(module, CompressedModule):
                 _check_shape(name, module)
         if hasattr(model.config, "transformers_weights"):
@@ -102,12 +123,24 @@ class CompressQuantizer(HfQuantizer):
             guard_saving(model)
         return model
 
+    def _describe_translated(
+        self, specs: Mapping[str, ModuleSpec], architecture: Architecture | None, config: dict[str, Any]
+    ) -> None:
+        """A GPTQ or AWQ model is saved as what it has become."""
+        if architecture is not None and standard_holds(specs, architecture) is None:
+            self.quantization_config.fields = {
+                "quant_method": OWN,
+                "standard": quantization_config(STANDARD, specs, architecture),
+            }
+        else:
+            self.quantization_config.fields = own_config(specs)
+
     def _describe_as_saved(self, specs: Mapping[str, ModuleSpec], architecture: Architecture, config: Any) -> None:
         """transformers saves under its own names, also where those on disk lacked the base model's prefix."""
         saved = architecture_of(config)
         if saved.embeddings != architecture.embeddings and self.quantization_config.standard is None:
             renamed = {disk_name(saved, module_name(architecture, name)): spec for name, spec in specs.items()}
-            self.quantization_config.fields = quantization_config(OWN, renamed, saved)
+            self.quantization_config.fields = own_config(renamed)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Experts that we unfused are named as on disk: there is nothing to merge."""
@@ -163,8 +196,13 @@ def _cut_prefix(model: Any) -> str:
     return f"{prefix}." if prefix and not hasattr(model, prefix) else ""
 
 
-def _replace(model: Any, inner: str, name: str, spec: ModuleSpec, dtype: torch.dtype) -> None:
-    """Put an empty module for `spec` in the place of the module called `inner`, which must be one that it fits."""
+def _replace(
+    model: Any, inner: str, name: str, spec: ModuleSpec, dtype: torch.dtype, layout: Layout | None = None
+) -> None:
+    """Put an empty module for `spec` in the place of the module called `inner`, which must be one that it fits.
+
+    With a `layout` its tensors are loaded as they lie in it.
+    """
     try:
         original = model.get_submodule(inner)
     except AttributeError:
@@ -186,6 +224,9 @@ def _replace(model: Any, inner: str, name: str, spec: ModuleSpec, dtype: torch.d
     if is_table != (getattr(spec, "kind", "linear") == "embedding"):
         raise CheckpointError(f"{name}: config.json describes it as {spec.kind}, it is {type(original).__name__}")  # type: ignore[attr-defined]
     bias = getattr(original, "bias", None) is not None
+    if layout is not None:
+        model.set_submodule(inner, Untranslated(name, layout, bias, dtype).train(original.training))
+        return
     module = module_class(spec.representation).from_spec(spec, bias, dtype, "meta")
     module.adopt(original)
     model.set_submodule(inner, module.train(original.training))

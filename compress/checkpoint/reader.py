@@ -6,13 +6,14 @@ Not memory-mapped: a map counts the whole file against an address-space limit an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.checkpoint.headers import TensorInfo, read_headers
+from compress.checkpoint.seal import Checksum, read_seal
 from compress.errors import CheckpointError
 
 COPY_CHUNK = 16 * 2**20
@@ -27,13 +28,25 @@ SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class CheckpointReader:
-    """Lazy access to the tensors of one folder. Files are opened when first needed; `close` closes them."""
+    """Lazy access to the tensors of one folder. Files are opened when first needed; `close` closes them.
 
-    def __init__(self, folder: Path | str, infos: dict[str, TensorInfo] | None = None):
-        """`infos` replaces the folder's own headers, for a folder that is still being written."""
+    Where the folder carries checksums (`seal.py`), each tensor is held to its own when it is first read.
+    """
+
+    def __init__(self, folder: Path | str, infos: dict[str, TensorInfo] | None = None, sealed: bool | None = None):
+        """`infos` replaces the folder's own headers, for a folder that is still being written: `sealed` is then False."""
         self.folder = Path(folder)
         self.infos = read_headers(self.folder) if infos is None else infos
+        self.seal = read_seal(self.folder) if (infos is None if sealed is None else sealed) else None
+        if self.seal is not None:
+            self.seal.check_names(self.on_disk)
+        self._checked: set[str] = set()
         self._files: dict[Path, int] = {}
+
+    @property
+    def on_disk(self) -> dict[str, TensorInfo]:
+        """The tensors as they are stored."""
+        return self.infos
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos
@@ -48,9 +61,26 @@ class CheckpointReader:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The whole tensor; float tensors are cast to `dtype` if one is given."""
-        info = self.info(name)
-        tensor = self._bytes(info, 0, info.nbytes).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        tensor = self._whole(self.info(name))
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    def _whole(self, info: TensorInfo) -> Tensor:
+        data = self._bytes(info, 0, info.nbytes)
+        if self._unchecked(info):
+            self._hold(info, [memoryview(data.numpy())])
+        return data.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+    def _unchecked(self, info: TensorInfo) -> bool:
+        return self.seal is not None and info.name in self.on_disk and info.name not in self._checked
+
+    def _hold(self, info: TensorInfo, pieces: Iterable[memoryview]) -> None:
+        """Hold a tensor to its checksum. Raises: CheckpointError naming file and tensor."""
+        assert self.seal is not None
+        checksum = Checksum(info.name, info.dtype, info.shape)
+        for piece in pieces:
+            checksum.add(piece)
+        self.seal.check(info, checksum)
+        self._checked.add(info.name)
 
     def read_rows(self, name: str, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The given rows (a sorted 1-D int tensor) of a matrix, without reading the rest."""
@@ -60,6 +90,8 @@ class CheckpointReader:
                 f"{info.file}: row {int(rows.max())} of {name} is wanted, which has {info.shape[0]} rows; the weights do not fit "
                 f"their config.json or their tokenizer"
             )
+        if self._unchecked(info):
+            self._hold(info, self.pieces(info))  # once: a checksum is of the whole
         row_bytes = info.nbytes // max(info.shape[0], 1)
         out = torch.empty((len(rows), *info.shape[1:]), dtype=dtype or TORCH_DTYPES[info.dtype])
         first = 0
@@ -73,6 +105,12 @@ class CheckpointReader:
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The stored bytes of a tensor, piece by piece, as they are."""
         info = self.info(name)
+        if self._unchecked(info):
+            self._hold(info, self.pieces(info))
+        yield from self.pieces(info)
+
+    def pieces(self, info: TensorInfo) -> Iterator[memoryview]:
+        """The bytes of a tensor, unchecked."""
         for begin in range(0, info.nbytes, COPY_CHUNK):
             yield memoryview(self._bytes(info, begin, min(COPY_CHUNK, info.nbytes - begin)).numpy())
 

@@ -7,6 +7,7 @@ of the name) or by class ("Linear"). Names are those of modules in the stock mod
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,20 +35,28 @@ def standard_holds(specs: Mapping[str, ModuleSpec], architecture: Architecture) 
     Args:
         specs: replaced modules by name on disk.
     """
+    found = standard_obstacle(specs, architecture)
+    return None if found is None else found[1]
+
+
+def standard_obstacle(specs: Mapping[str, ModuleSpec], architecture: Architecture) -> tuple[str, str] | None:
+    """As `standard_holds`, with the layer that stands in the way before the reason."""
     for name, spec in specs.items():
         if not isinstance(spec, QuantizedSpec):
-            return f"{name} is stored as {spec.representation}, which compressed-tensors does not know"
+            return name, f"{name} is stored as {spec.representation}, which compressed-tensors does not know"
     schemes = {name: _scheme(spec) for name, spec in specs.items() if isinstance(spec, QuantizedSpec)}
     outside = {*architecture.head.linears, *architecture.embeddings}
     inside = [name for name in schemes if name not in outside]
     if architecture.transposed and inside:
-        return f"{inside[0]} is a Conv1D, and compressed-tensors holds nn.Linear only"
+        return inside[0], f"{inside[0]} is a Conv1D, and compressed-tensors holds nn.Linear only"
     tables = [name for name in schemes if name in architecture.embeddings]
     if tables:
-        return f"{tables[0]} is a quantized table, which stock transformers cannot load in this format"
+        return tables[0], f"{tables[0]} is a quantized table, which stock transformers cannot load in this format"
     symmetric = {scheme[2] for scheme in schemes.values()}
     if symmetric != {True} and len(set(schemes.values())) > 1:
-        return "of asymmetric modules stock transformers reads one setting for all layers, and here there are several"
+        usual = Counter(schemes.values()).most_common(1)[0][0]
+        reason = "of asymmetric modules stock transformers reads one setting for all layers, and here there are several"
+        return next(name for name, scheme in schemes.items() if scheme != usual), reason
     return _experts_held(schemes, architecture)
 
 
@@ -57,7 +66,7 @@ def standard_config(specs: Mapping[str, ModuleSpec], architecture: Architecture)
     by_scheme: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         by_scheme.setdefault(scheme, []).append(name)
-    linears = _linears(architecture)
+    linears = linear_names(architecture)
     ignored = [name for name in linears if name not in schemes]
     groups = {}
     for number, (scheme, names) in enumerate(sorted(by_scheme.items())):
@@ -124,7 +133,7 @@ def _scheme(spec: QuantizedSpec) -> Scheme:
     return spec.bits, -1 if whole_row else spec.group_size, spec.symmetric
 
 
-def _experts_held(schemes: Mapping[str, Scheme], architecture: Architecture) -> str | None:
+def _experts_held(schemes: Mapping[str, Scheme], architecture: Architecture) -> tuple[str, str] | None:
     """Stock transformers decodes the experts as it merges them: all of them, symmetric, with one scheme."""
     experts = [name for site in architecture.all_sites() if site.expert is not None for name in site.linears]
     used = {schemes.get(name) for name in experts}
@@ -132,15 +141,16 @@ def _experts_held(schemes: Mapping[str, Scheme], architecture: Architecture) -> 
         return None
     if None in used:
         kept = next(name for name in experts if name not in schemes)
-        return f"{kept} is not quantized, and stock transformers loads this format only where all experts are"
+        return kept, f"{kept} is not quantized, and stock transformers loads this format only where all experts are"
     if len(used) > 1:
-        return "the experts have several settings, and stock transformers reads one for all of them"
+        odd = next(name for name in experts if schemes[name] != schemes[experts[0]])
+        return odd, "the experts have several settings, and stock transformers reads one for all of them"
     if not all(scheme[2] for scheme in used if scheme is not None):
-        return "the experts are asymmetric, and stock transformers decodes symmetric ones only"
+        return experts[0], "the experts are asymmetric, and stock transformers decodes symmetric ones only"
     return None
 
 
-def _linears(architecture: Architecture) -> list[str]:
+def linear_names(architecture: Architecture) -> list[str]:
     """Every linear by name on disk: those that can be replaced, routers, and what OPT has outside its blocks."""
     sites = (architecture.head,) if architecture.transposed else architecture.all_sites()  # a Conv1D is no nn.Linear
     names = [n for site in sites if site.kind != "embedding" for n in site.linears]

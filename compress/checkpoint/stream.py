@@ -22,6 +22,7 @@ from torch.nn import functional
 from compress.checkpoint.description import modules_of
 from compress.checkpoint.headers import read_json
 from compress.checkpoint.reader import CheckpointReader
+from compress.checkpoint.translate import open_reader
 from compress.errors import CheckpointError, CompressError, naming
 from compress.models.architecture import Architecture
 from compress.models.families import architecture_of
@@ -60,7 +61,7 @@ class StreamedModel:
     ):
         raw = read_json(folder / "config.json")
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
-        self.reader = reader or CheckpointReader(folder)
+        self.reader = reader or open_reader(folder, raw)
         with naming(folder):
             self.specs = modules_of(raw, self.reader.infos) if specs is None else specs
             self.architecture = architecture_of(raw, self.reader.infos.keys())
