@@ -4,6 +4,8 @@
     compress.plan(recipe)            what that would do: bytes, memory, time
     compress.load(folder)            any checkpoint, compressed or not, as a transformers model
     compress.evaluate(model, …)      perplexity and fidelity
+    compress.export(folder, format)  a compressed checkpoint in the formats of servers and other libraries
+    compress.push(folder, repo)      publish a result on the Hub, with a model card
 
 Importing the package imports neither torch nor transformers. It does see to it that transformers, once imported, loads
 what the package writes: `AutoModelForCausalLM.from_pretrained(folder)` then works.
@@ -19,8 +21,10 @@ from compress.checkpoint.registration import install as _install
 if TYPE_CHECKING:
     from compress.checkpoint.load import load as load
     from compress.evaluation.evaluate import evaluate as evaluate
+    from compress.export.run import export as export
     from compress.pipeline.plan import plan as plan
     from compress.pipeline.run import run as run
+    from compress.publish.hub import push as push
 
 __version__ = "0.1.0"
 
@@ -29,15 +33,18 @@ _API = {  # name -> where it lives
     "plan": "compress.pipeline.plan:plan",
     "load": "compress.checkpoint.load:load",
     "evaluate": "compress.evaluation.evaluate:evaluate",
+    "export": "compress.export",  # the package itself can be called
+    "push": "compress.publish.hub:push",
 }
-__all__ = ["__version__", "evaluate", "load", "plan", "run"]
+__all__ = ["__version__", "evaluate", "export", "load", "plan", "push", "run"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module 'compress' has no attribute {name!r}")
     module, _, attribute = _API[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

@@ -144,6 +144,18 @@ class Evaluation(Data):
     apply_chat_template: bool = Field(False, description="put the questions as messages of a chat")
 
 
+class PushToHub(Section):
+    """The repository on the Hub that a finished result goes to. `push_to_hub: OWNER/NAME` is short for its `repo`."""
+
+    repo: Name = Field(description="owner/name, or a name of one's own")
+    private: bool = Field(True, description="of a repository that is made; one that exists stays as it is")
+    revision: str | None = Field(None, description="a branch, made if it is not there [default: main]")
+    base_model: str | None = Field(
+        None, description="id of the base model on the Hub, where the model is a local folder"
+    )
+    overwrite: bool = Field(False, description="replace another model that the repository holds")
+
+
 class Output(Section):
     """Where the result goes, and as what."""
 
@@ -151,6 +163,14 @@ class Output(Section):
     format: Literal["auto", "compressed-tensors", "compress"] = Field(
         "auto", description="auto: compressed-tensors where it can hold the result, else our own format"
     )
+    push_to_hub: PushToHub | None = Field(
+        None, description="publish the finished result: owner/name, or a section as below; false: do not"
+    )
+
+    @field_validator("push_to_hub", mode="before")
+    @classmethod
+    def _short_push(cls, value: Any) -> Any:
+        return None if value is False else {"repo": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

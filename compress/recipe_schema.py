@@ -20,6 +20,8 @@ def json_schema() -> dict[str, Any]:
     refs, definitions = models_json_schema([(model, "validation") for model in models], ref_template="#/$defs/{model}")
     ref = {model: refs[model, "validation"] for model in models}
     defs = definitions["$defs"]
+    short = [{"type": "string", "minLength": 1}, {"const": False}]
+    defs["Output"]["properties"]["push_to_hub"]["anyOf"] += short
     properties: dict[str, dict[str, Any]] = {
         "model": {"anyOf": [{"type": "string", "minLength": 1}, ref[Model]]},
         "calibration": {"anyOf": [ref[Calibration], {"type": "null"}]},

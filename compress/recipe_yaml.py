@@ -16,7 +16,10 @@ FLOAT = re.compile(
     r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 SEGMENT = re.compile(r'"([^"]*)"|\'([^\']*)\'|([^.]+)')
-SHORTHAND = {"model": "path"}  # `model: PATH` becomes a mapping once one of its other keys is set
+SHORTHAND = {
+    "model": "path",
+    "output.push_to_hub": "repo",
+}  # `model: PATH` becomes a mapping once another of its keys is set
 
 
 class _Loader(yaml.SafeLoader):

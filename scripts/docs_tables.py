@@ -120,6 +120,8 @@ def _type(field: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if field.get("type") == "array":
         return "list"
+    if "$ref" in field:
+        return "section"
     kind = KINDS[field["type"]]
     low = [f"{sign} {field[key]}" for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">")) if key in field]
     high = [f"{sign} {field[key]}" for key, sign in (("maximum", "≤"), ("exclusiveMaximum", "<")) if key in field]

@@ -70,12 +70,23 @@ class Repo:
 
 @dataclass
 class Trouble:
-    """What happens to the next `times` requests ("METHOD /path") that match: cut off after so many bytes, or a status."""
+    """What happens to requests ("METHOD /path") that match, `times` times and not before `after` of them have passed:
+    they are cut off after so many bytes, or get a status."""
 
     pattern: str
     cut: int | None
     status: int | None
     times: int
+    after: int
+
+    def strikes(self, line: str) -> bool:
+        if not self.times or not re.search(self.pattern, line):
+            return False
+        if self.after:
+            self.after -= 1
+            return False
+        self.times -= 1
+        return True
 
 
 class RefusedError(Exception):
@@ -125,8 +136,10 @@ class HubServer:
         repo.commit(files, message="initial")
         return repo
 
-    def trouble(self, pattern: str, *, cut: int | None = None, status: int | None = None, times: int = 1) -> None:
-        self.troubles.append(Trouble(pattern, cut, status, times))
+    def trouble(
+        self, pattern: str, *, cut: int | None = None, status: int | None = None, times: int = 1, after: int = 0
+    ) -> None:
+        self.troubles.append(Trouble(pattern, cut, status, times, after))
 
     def seen(self, pattern: str) -> list[str]:
         """The requests that match."""
@@ -190,9 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {path}"
         with self.hub.lock:
             self.hub.requests.append(line)
-            trouble = next((t for t in self.hub.troubles if t.times and re.search(t.pattern, line)), None)
-            if trouble is not None:
-                trouble.times -= 1
+            trouble = next((t for t in self.hub.troubles if t.strikes(line)), None)
         try:
             if trouble is not None and trouble.status is not None:
                 self.body()

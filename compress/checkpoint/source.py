@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,18 @@ class Source:
     @property
     def has_tokenizer(self) -> bool:
         return any(name in self.files for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"))
+
+    @property
+    def published(self) -> dict[str, str | None]:
+        """What may be said of it in public: its id on the Hub and the commit, else a title that tells no path."""
+        if self.repo is not None:
+            commit = self.on_hub.commit if self.on_hub is not None else self.folder.name if self.folder else None
+            return {"id": self.repo, "title": self.repo.split("/")[1], "commit": commit}
+        folder = (self.folder or Path(self.name)).expanduser().absolute()
+        cached = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", folder.parent.parent.name)
+        if cached and folder.parent.name == "snapshots":  # a folder of the Hub's cache
+            return {"id": f"{cached[1]}/{cached[2]}", "title": cached[2], "commit": folder.name}
+        return {"id": None, "title": folder.name, "commit": None}
 
     def fetch(self, note: Callable[[str], None] | None = None) -> Path:
         """The local folder with all files, downloaded into the Hub's cache if it must be, which `note` is told.

@@ -25,6 +25,7 @@ from compress.cli.inspect import inspect
 from compress.cli.methods import methods
 from compress.cli.options import State
 from compress.cli.plan import plan
+from compress.cli.push import push
 from compress.cli.recipes import recipes
 from compress.cli.run import run
 from compress.cli.signals import Ended, raised
@@ -45,6 +46,7 @@ app.command(short_help="what a run would do: layers, bytes, memory, time")(plan)
 app.command("eval", short_help="perplexity, fidelity to the original, and benchmarks")(evaluate)
 app.command(short_help="the benchmarks that eval knows")(tasks)
 app.command(short_help="let a model go on from a prompt")(generate)
+app.command(short_help="publish a result on the Hub")(push)
 app.command(short_help="method, representation and bytes of each layer")(inspect)
 app.command(short_help="the methods that a recipe can name, and their settings")(methods)
 app.command(short_help="the recipes that come with the package")(recipes)

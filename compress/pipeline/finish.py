@@ -19,9 +19,10 @@ from compress.checkpoint.source import SIDE_FILES
 from compress.checkpoint.stream import StreamedModel
 from compress.checkpoint.writer import replace_file, write_json, write_text, writing
 from compress.errors import CheckpointError
-from compress.pipeline.card import model_card
 from compress.pipeline.plan import OWN, Plan
 from compress.pipeline.stage import n_shards, shard_name
+from compress.publish.base_model import card_of, carried
+from compress.publish.card import model_card
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 TEMPLATES = "additional_chat_templates"
@@ -30,7 +31,7 @@ TEMPLATES = "additional_chat_templates"
 def finished_config(plan: Plan, source: Path) -> dict[str, Any]:
     """config.json of the result."""
     config = read_json(source / "config.json")
-    for key in ("quantization_config", "compression_config", "transformers_weights"):
+    for key in ("quantization_config", "compression_config", "transformers_weights", "_name_or_path"):
         config.pop(key, None)
     config["dtype"] = DTYPE_NAMES[plan.float_dtype]
     config.pop("torch_dtype", None)
@@ -132,5 +133,7 @@ def finish(plan: Plan, source: Path, out: Path, config: dict[str, Any]) -> None:
     for name in side_files(source):
         copy_file(source / name, out / name)
     write_text(out / "recipe.yaml", plan.recipe.to_yaml())
-    write_text(out / "README.md", model_card(plan))
+    described = plan.to_dict()
+    fields = carried(card_of(source), described["base"]["id"], set(result_files(plan, source)))
+    write_text(out / "README.md", model_card(described, fields))
     write_json(out / "config.json", config)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.headers import read_json
+from compress.checkpoint.result import REPORT as REPORT
+from compress.checkpoint.result import WORK_FOLDER as WORK_FOLDER
 from compress.checkpoint.writer import PARTIAL, write_json, writing
 from compress.errors import CheckpointError, RecipeError
 
-WORK_FOLDER = ".compress"
 FILES = "files.json"
-REPORT = "compress_report.json"
 CONFIG = "config.json"
 SHARD = re.compile(r"(model|compress)-\d{5}-of-\d{5}\.safetensors")
 INDEXES = ("model.safetensors.index.json", "compress.safetensors.index.json")

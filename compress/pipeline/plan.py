@@ -102,6 +102,7 @@ class Plan:
         """For `--json` and the report."""
         return {
             "model": self.source.name,
+            "base": self.source.published,
             "family": self.architecture.family,
             "n_blocks": self.architecture.n_blocks,
             "stages": [
@@ -110,6 +111,7 @@ class Plan:
             ],
             "format": self.format,
             "format_reason": self.format_reason,
+            "symmetric": all(getattr(spec, "symmetric", True) for spec in self.specs.values()),
             "float_dtype": self.float_dtype,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,

@@ -6,11 +6,11 @@ import hashlib
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress.errors import CheckpointError, RecipeError
+from compress.errors import CheckpointError, RecipeError, naming
 from compress.pipeline.estimate import PROBE_TOKENS, available_memory
 from compress.pipeline.journal import Journal, check_free, folder_lock, open_journal
 from compress.pipeline.meter import Meter
@@ -27,6 +27,9 @@ from compress.pipeline.output import (
 from compress.pipeline.plan import Plan, plan
 from compress.pipeline.progress import Progress, Silent
 from compress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from compress.publish.hub import Pushed
 
 ACTIVATION_SHARE = 4  # a quarter of the available memory may hold activations; more goes to disk
 DISK_SLACK = 4 * 2**20  # for all that is not weights …
@@ -47,12 +50,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where the result lies, what was planned and what was measured."""
+    """Where the result lies, what was planned, what was measured, and where it was published."""
 
     folder: Path
     plan: Plan
     report: dict[str, Any]
     already_finished: bool = False
+    pushed: Pushed | None = None
 
 
 def run(
@@ -86,14 +90,39 @@ def run(
             stored = None if overwrite else finished_report(folder, work_header(planned))
             if stored is None:
                 check_room(planned, folder, progress)
+            _check_push(planned)
         if on_plan is not None:
             on_plan(planned)
         if stored is not None and not (folder / WORK_FOLDER).exists():
-            return RunResult(folder, planned, stored, already_finished=True)
-        with folder_lock(folder):
-            return _run_locked(planned, folder, machine, overwrite, progress, meter)
+            result = RunResult(folder, planned, stored, already_finished=True)
+        else:
+            with folder_lock(folder):
+                result = _run_locked(planned, folder, machine, overwrite, progress, meter)
+        return replace(result, pushed=_push(planned, folder, progress))
     finally:
         meter.stop()
+
+
+def _check_push(planned: Plan) -> None:
+    """A run of hours must not end at a wrong token or a name that is taken. Raises: CheckpointError, RecipeError."""
+    wanted = planned.recipe.output.push_to_hub
+    if wanted is not None:
+        from compress.publish.hub import check_push
+
+        base = wanted.base_model or planned.source.published["id"]
+        with naming("output.push_to_hub"):
+            check_push(wanted.repo, wanted.revision, base, work_header(planned)["weights"], wanted.overwrite)
+
+
+def _push(planned: Plan, folder: Path, progress: Progress) -> Pushed | None:
+    """Publish the finished folder, if the recipe says so."""
+    wanted = planned.recipe.output.push_to_hub
+    if wanted is None:
+        return None
+    from compress.publish.hub import push
+
+    with naming(f"{folder} is finished, but could not be pushed"):
+        return push(folder, **wanted.model_dump(), note=progress.note)
 
 
 def _run_locked(
@@ -107,7 +136,7 @@ def _run_locked(
         leave(folder)
         return RunResult(folder, planned, stored, already_finished=True)
     with meter.phase("fetch"):
-        source = planned.source.fetch()
+        source = planned.source.fetch(progress.note)
     with meter.phase("compress"):
         compute_place(planned, machine)  # all that can be refused is, before anything is discarded
         batches = calibration_batches(planned, source)
