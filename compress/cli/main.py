@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compress.cli.bench import bench
 from compress.cli.doctor import doctor
 from compress.cli.evaluate import evaluate
 from compress.cli.generate import generate
@@ -45,6 +46,7 @@ app.command(short_help="compress a checkpoint and measure the result")(run)
 app.command(short_help="what a run would do: layers, bytes, memory, time")(plan)
 app.command("eval", short_help="perplexity, fidelity to the original, and benchmarks")(evaluate)
 app.command(short_help="the benchmarks that eval knows")(tasks)
+app.command(short_help="tokens per second and memory, beside the original")(bench)
 app.command(short_help="let a model go on from a prompt")(generate)
 app.command(short_help="publish a result on the Hub")(push)
 app.command(short_help="method, representation and bytes of each layer")(inspect)
