@@ -5,9 +5,8 @@ Until config.json is there no loader takes the folder for a model, so nothing un
 
 from __future__ import annotations
 
-import fnmatch
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from torch import Tensor
 from compress.checkpoint.description import guard, quantization_config
 from compress.checkpoint.headers import read_header, read_json
 from compress.checkpoint.reader import CheckpointReader
-from compress.checkpoint.source import SIDE_FILES
+from compress.checkpoint.side_files import copy_file, side_files
 from compress.checkpoint.stream import StreamedModel
-from compress.checkpoint.writer import replace_file, write_json, write_text, writing
+from compress.checkpoint.writer import write_json, write_text
 from compress.errors import CheckpointError
 from compress.pipeline.plan import OWN, Plan
 from compress.pipeline.stage import n_shards, shard_name
@@ -25,7 +24,6 @@ from compress.publish.base_model import card_of, carried
 from compress.publish.card import model_card
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-TEMPLATES = "additional_chat_templates"
 
 
 def finished_config(plan: Plan, source: Path) -> dict[str, Any]:
@@ -104,27 +102,6 @@ def result_files(plan: Plan, source: Path) -> list[str]:
 
 def index_name(plan: Plan) -> str:
     return f"{'compress' if plan.format == OWN else 'model'}.safetensors.index.json"
-
-
-def side_files(source: Path) -> list[str]:
-    """Tokenizer, chat template, generation config, licence: everything beside the weights that belongs to the model."""
-    named = [f.name for f in source.iterdir() if any(fnmatch.fnmatch(f.name, p) for p in SIDE_FILES) and f.is_file()]
-    return sorted([*named, *(f"{TEMPLATES}/{f.name}" for f in (source / TEMPLATES).glob("*") if f.is_file())])
-
-
-def copy_file(file: Path, copy: Path) -> None:
-    """Copy durably and atomically. Raises: CheckpointError as `replace_file`, or naming `file` if it cannot be read."""
-
-    def write(stream: IO[bytes]) -> None:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}; fetch the model again") from None
-        stream.write(content)
-
-    with writing(copy):
-        copy.parent.mkdir(exist_ok=True)
-    replace_file(copy, write)
 
 
 def finish(plan: Plan, source: Path, out: Path, config: dict[str, Any]) -> None:
