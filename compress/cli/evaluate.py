@@ -224,11 +224,20 @@ def _run_tasks(
     model: str, reference: str | None, settings: TaskSettings, machine: Machine, display: Display, places: dict[str, Any],
     output: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
+    from compress.cli.show import note
+    from compress.cli.signals import Ended
     from compress.evaluation.zeroshot import check_writable, evaluate_tasks
 
     if output is not None:
         check_writable(output, "--output")
-    return evaluate_tasks(model, settings, reference=reference, machine=machine, progress=display, **places)
+    try:
+        with _flags_named():
+            return evaluate_tasks(model, settings, reference=reference, machine=machine, progress=display, **places)
+    except Ended:
+        display.stop()
+        if settings.cache is not None:
+            note(f"the answers so far are kept in {settings.cache}; give the same command again to go on")
+        raise
 
 
 def _save(scores: dict[str, Any], output: Path, log_samples: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,11 @@ class Ended(BaseException):
 def raised() -> Iterator[None]:
     """Within it the signals raise `Ended`, unless whoever started us wants them ignored (nohup, a background job)."""
 
+    ours = os.getpid()
+
     def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != ours:  # a worker that a library forked: it has nothing to unwind
+            os._exit(128 + number)
         raise Ended(number)
 
     before = {}

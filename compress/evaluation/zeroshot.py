@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from compress.pipeline.run import Machine
     from compress.recipe import Evaluation
 
+REPORTED = (  # of the harness's results, in the report of a run: neither questions nor anything about the machine
+    "results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples", "lm_eval_version",
+    "chat_template_sha",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TaskSettings:
@@ -80,25 +85,31 @@ def evaluate_tasks(
     """
     settings = tasks if isinstance(tasks, TaskSettings) else TaskSettings(tuple(tasks))
     if not settings.tasks:
-        raise RecipeError("--tasks: names no task; list them with: compress tasks")
+        raise RecipeError("evaluation.tasks: names no task; list them with: compress tasks")
     if settings.cache is not None:
         check_writable(settings.cache, "--cache")
     sources = [(model, revision)] if reference is None else [(model, revision), (reference, None)]
     found = [find_source(str(path), wanted) for path, wanted in sources]
     harness = _Harness(settings, machine, progress, trust_remote_code)
     loaded = harness.load(str(model))
-    results = [harness.run(source, loaded) for source in found]
-    return _together(results)
+    try:
+        return _together([harness.run(source, loaded) for source in found])
+    finally:
+        harness.part()
 
 
 def evaluate_tasks_of_run(
     settings: Evaluation, model: Path, reference: Path, machine: Machine, progress: Progress, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """The tasks of a recipe on the result and the original."""
-    return evaluate_tasks(
+    """The tasks of a recipe on the result and the original: what of it belongs into a report."""
+    found = evaluate_tasks(
         model, TaskSettings.of_recipe(settings), reference=reference, machine=machine, progress=progress,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    reported = {
+        role: {key: found[role][key] for key in REPORTED if key in found[role]} for role in ("model", "reference")
+    }
+    return {**reported, "comparison": found["comparison"]}
 
 
 def check_tasks(settings: Evaluation, model: Source, progress: Progress) -> None:
@@ -116,8 +127,8 @@ def check_template(tokenizer: Any, name: str) -> None:
     """Raises: RecipeError if there is no chat template to apply."""
     if not getattr(tokenizer, "chat_template", None):
         raise RecipeError(
-            f"--apply-chat-template: the tokenizer of {name} has no chat template; leave it out, or add chat_template.jinja "
-            f"to the model's folder"
+            f"evaluation.apply_chat_template: the tokenizer of {name} has no chat template; leave it out, or add "
+            f"chat_template.jinja to the model's folder"
         )
 
 
@@ -141,6 +152,16 @@ class _Harness:
 
         self.settings, self.machine = settings, machine or Machine()
         self.progress, self.trust_remote_code = progress or Silent(), trust_remote_code
+        self._accelerator: Any = None
+
+    def part(self) -> None:
+        """Of several processes, go on alone."""
+        if self._accelerator is not None:
+            import torch
+
+            self._accelerator = None
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
     def load(self, model: str) -> LoadedTasks:
         from compress.evaluation.harness.surroundings import surroundings
@@ -191,8 +212,9 @@ class _Harness:
         from compress.evaluation.harness.surroundings import surroundings
         from compress.pipeline.run import compute_device
 
-        accelerator = join_processes(cpu=self.machine.device == "cpu")
-        device = compute_device(self.machine) if accelerator is None else accelerator.device
+        device = compute_device(self.machine)
+        accelerator = self._accelerator = self._accelerator or join_processes(cpu=device.type == "cpu")
+        device = device if accelerator is None else accelerator.device
         self._warn_of_memory(source, device)
         with surroundings(self.progress, Path(source.name).name) as phases:
             phases.begin("load", 1, "model")
@@ -284,7 +306,9 @@ class _Harness:
         asked = self.settings.num_fewshot
         fixed = [task for task in results["samples"] if asked is not None and results["n-shot"].get(task) != asked]
         if fixed:
-            self.progress.note(f"--num-fewshot {asked}: {', '.join(fixed)} fixes the number itself; that was kept")
+            self.progress.note(
+                f"{', '.join(fixed)}: the task fixes the number of solved examples itself; {asked} was not used"
+            )
 
 
 @contextmanager

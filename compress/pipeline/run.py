@@ -91,6 +91,8 @@ def run(
             if stored is None:
                 check_room(planned, folder, progress)
             _check_push(planned)
+            if stored is None:
+                _check_tasks(planned, progress)
         if on_plan is not None:
             on_plan(planned)
         if stored is not None and not (folder / WORK_FOLDER).exists():
@@ -112,6 +114,15 @@ def _check_push(planned: Plan) -> None:
         base = wanted.base_model or planned.source.published["id"]
         with naming("output.push_to_hub"):
             check_push(wanted.repo, wanted.revision, base, work_header(planned)["weights"], wanted.overwrite)
+
+
+def _check_tasks(planned: Plan, progress: Progress) -> None:
+    """Nor at a benchmark that does not exist, or whose questions are out of reach. Raises: RecipeError."""
+    wanted = planned.recipe.evaluation
+    if wanted and wanted.tasks:
+        from compress.evaluation.zeroshot import check_tasks
+
+        check_tasks(wanted, planned.source, progress)
 
 
 def _push(planned: Plan, folder: Path, progress: Progress) -> Pushed | None:

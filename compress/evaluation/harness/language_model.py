@@ -63,11 +63,16 @@ class LanguageModel(HFLM):
         return 1 if self._alone else self._world_size
 
     def _largest_batch_on_cpu(self) -> int:
-        """A CPU has no out-of-memory error to halve the batch at: what half of the free memory holds."""
+        """What half of the free memory holds: a CPU says nothing where a GPU is out of memory, it slows down or dies."""
         from compress.pipeline.estimate import available_memory
 
         logits = 4 * COPIES_OF_LOGITS * self.max_length * self.model.config.get_text_config().vocab_size
         return max(1, min(LARGEST_BATCH, available_memory() // 2 // logits))
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        if self.device.type == "cpu":
+            return self.max_batch_size
+        return super()._detect_batch_size(requests, pos)
 
     @contextmanager
     def _each_alone(self) -> Iterator[None]:

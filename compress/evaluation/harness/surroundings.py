@@ -53,7 +53,7 @@ class Phases:
         self._open, self._flushed = True, time.monotonic()
 
     def advance(self, steps: int) -> None:
-        self._pending += steps
+        self._pending += steps if self._open else 0
 
     def flush(self, seconds: float = 0.0) -> None:
         """Pass on what is done, unless the last time was less than `seconds` ago."""
@@ -99,6 +99,17 @@ def _bar(phases: Phases) -> type:
                 phases.end()
 
     return Bar
+
+
+def _no_bar() -> type:
+    """tqdm that draws nothing, for what imports it at the spot: bootstrapping, tasks with code of their own."""
+    from tqdm import tqdm
+
+    class NoBar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **{**options, "disable": True})
+
+    return NoBar
 
 
 class _Notes(logging.Handler):
@@ -165,7 +176,7 @@ def stay_home() -> None:
 
 def _replacements(phases: Phases) -> dict[str, Any]:
     bars = {f"{module}:tqdm": _bar(phases) for module in BARS}
-    return {**bars, "lm_eval.evaluator:get_git_commit_hash": _commit}
+    return {**bars, "tqdm:tqdm": _no_bar(), "lm_eval.evaluator:get_git_commit_hash": _commit}
 
 
 def _commit() -> str | None:

@@ -23,6 +23,7 @@ from compress.pipeline.progress import Progress, Silent
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry
 
 Seeds = tuple[int | None, int | None, int | None, int | None]
 SEEDS: Seeds = (0, 1234, 1234, 1234)  # python, numpy, torch, few-shot: lm-eval's defaults
@@ -92,18 +93,18 @@ def load_tasks(
     progress = progress or Silent()
     stay_home()
     index = TaskIndexes(include_path, progress, model_args)
-    specs = [spec for name in dict.fromkeys(names) for spec in index.find(name)]
+    specs = {label: spec for name in dict.fromkeys(names) for label, spec in index.find(name).items()}
     sowers: tuple[Callable[[int], Any], ...] = (random.seed, np.random.seed, torch.manual_seed)
     for seed, sow in zip(seeds, sowers, strict=False):
         if seed is not None:
             sow(seed)
     progress.begin("load tasks", len(specs), "task")
     objects: list[Any] = []
-    for spec in dict.fromkeys(specs):
-        with _errors_of(spec):
+    for label, spec in specs.items():
+        with _errors_of(label):
             made = index.manager.load([spec])
         objects.extend([next(iter(made["groups"].values()))] if made.get("groups") else made["tasks"].values())
-        progress.advance(1, Path(spec).name)
+        progress.advance(1, label)
     progress.end()
     with _errors_of(", ".join(specs)):
         loaded = index.manager.load(objects)
@@ -125,11 +126,12 @@ class TaskIndexes:
         for folder in include_path:
             if not Path(folder).expanduser().is_dir():
                 raise RecipeError(
-                    f"--include-path {folder}: no such folder; name one that holds the YAML files of tasks"
+                    f"evaluation.include_path {folder}: no such folder; name one that holds the YAML files of tasks"
                 )
         self.include_path = [str(Path(folder).expanduser()) for folder in include_path]
         self.progress, self.model_args = progress or Silent(), model_args
         self.complete = False
+        self.files: dict[str, Entry] = {}  # those given as paths
         self.manager = self._manager()
 
     def _manager(self) -> TaskManager:
@@ -145,52 +147,69 @@ class TaskIndexes:
             self.complete = True
             self.progress.begin("read the list of tasks", 1, "list")
             self.manager = self._manager()
+            self.manager.task_index.update(self.files)
             self.progress.end()
 
-    def find(self, name: str) -> list[str]:
-        """What the harness is to load for `name`. Raises: RecipeError with the nearest known names."""
+    def find(self, name: str) -> dict[str, str]:
+        """What the harness is to load for `name`, by what to call it in messages.
+
+        Raises: RecipeError with the nearest known names.
+        """
         if name.endswith((".yaml", ".yml")):
-            return [self._file(name)]
+            return {name: self._file(name)}
         if not any(letter in name for letter in "*?["):
             if not (name in self.manager.task_index and self._stands_alone(name)):
                 self.read_all()
             if name in self.manager.task_index:
-                return [name]
+                return {name: name}
             raise RecipeError(self._unknown(name))
         self.read_all()
         found = fnmatch.filter(self.manager.all_tasks, name)
         if not found:
-            raise RecipeError(f"--tasks {name}: no task matches it; {LISTING}")
-        return found
+            raise RecipeError(f"evaluation.tasks {name}: no task matches it; {LISTING}")
+        return {name: name for name in found}
 
     def _stands_alone(self, name: str) -> bool:
         """Whether everything that belongs to `name` lies in the user's folders: it is no group, or all its members do."""
-        members = (self.manager.task_index[name].cfg or {}).get("task")
+        return self._members_known(self.manager.task_index[name].cfg or {})
+
+    def _members_known(self, content: dict[str, Any]) -> bool:
+        members = content.get("task")
         if not isinstance(members, list):
             return True
         known = [m for m in members if isinstance(m, str)]
         return len(known) == len(members) and all(m in self.manager.task_index and self._stands_alone(m) for m in known)
 
     def _file(self, name: str) -> str:
-        """A YAML file, which may be a group of tasks that are known by name."""
+        """The name of the task or group in a YAML file, which joins those that are known."""
         path = Path(name).expanduser()
         if not path.is_file():
-            raise RecipeError(f"--tasks {name}: no such file; name a YAML file, or a task ({LISTING})")
+            raise RecipeError(f"evaluation.tasks {name}: no such file; name a YAML file, or a task ({LISTING})")
+        from lm_eval.tasks._index import TaskIndex
         from lm_eval.tasks._yaml_loader import load_yaml
 
         with _errors_of(name):
-            content = load_yaml(path, resolve_func=False)
+            content: dict[str, Any] = load_yaml(path, resolve_func=False)
         if not ("task" in content or "group" in content):
             raise RecipeError(f"{name}: no task: it has neither `task: NAME` nor `group: NAME`; see docs/evaluation.md")
-        if isinstance(content.get("task"), list):
+        if isinstance(content.get("task"), list) and not self._members_known(content):
             self.read_all()
-        return str(path.resolve())
+        found: dict[str, Entry] = {}
+        with _errors_of(name):
+            TaskIndex.process_cfg(content, path, found)
+        called = str(content.get("group") or content["task"])
+        if called in self.files and self.files[called].yaml_path != path:
+            raise RecipeError(
+                f"evaluation.tasks {name}: {self.files[called].yaml_path} has a task {called!r} as well; rename one"
+            )
+        self.files[called] = self.manager.task_index[called] = found[called]
+        return called
 
     def _unknown(self, name: str) -> str:
         near = difflib.get_close_matches(name, self.manager.all_tasks, n=3, cutoff=0.7)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else "or give the path of a YAML file"
         broken = next(iter(self._broken_files()), "")
-        return f"--tasks {name}: no such task; {hint} ({LISTING})" + (broken and f"; {broken}")
+        return f"evaluation.tasks {name}: no such task; {hint} ({LISTING})" + (broken and f"; {broken}")
 
     def _broken_files(self) -> Iterator[str]:
         """Files in the user's folders that the harness passes over in silence."""
@@ -228,16 +247,20 @@ def reason(error: Exception) -> str:
     chain = [kind, *(type(cause).__name__ for cause in (error.__cause__, error.__context__) if cause)]
     if isinstance(error, yaml.YAMLError):
         return f"no valid YAML ({text}); mend the file"
+    if text.startswith("Duplicate task"):
+        return f"{text}; name it once"
     if "UNSAFE_CODE" in text or "marked as unsafe" in text:
-        return "runs code that the model writes; if you want that, add --confirm-run-unsafe-code"
+        return "runs code that the model writes; if you want that: compress eval with --confirm-run-unsafe-code"
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return f"{text} Check dataset_path, or the network; {LOCAL}"
     if isinstance(error, ConnectionError) or any("Offline" in name or "Connect" in name for name in chain):
         return f"its data set cannot be reached ({text}); {LOCAL}"
     if isinstance(error, FileNotFoundError):
         return f"{text}; paths in a task count from the folder where the command runs: give absolute ones"
-    if isinstance(error, IndexError) or "did not find any docs" in text or kind == "SchemaInferenceError":
-        return "has no documents; check dataset_kwargs, the split and --limit"
+    if kind == "UndefinedError":
+        return f"its prompt uses a field that the questions lack ({text}); mend doc_to_text, doc_to_target or doc_to_choice"
+    if isinstance(error, IndexError | StopIteration) or "find any docs" in text or kind == "SchemaInferenceError":
+        return "has no documents; check dataset_kwargs, the split and the limit"
     if isinstance(error, KeyError):
         return (
             f"{text} is missing: a split that the data set does not have, or a key of the file; see docs/evaluation.md"
