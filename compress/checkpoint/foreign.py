@@ -85,11 +85,6 @@ def translated(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> di
     return Translated(infos, foreign_layouts({**config, "quantization_config": quantization}, infos))
 
 
-def stored_infos(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors as they are on disk."""
-    return infos.stored if isinstance(infos, Translated) else dict(infos)
-
-
 def foreign_layouts(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> dict[str, Layout]:
     """The quantized modules of a GPTQ or AWQ checkpoint by name on disk."""
     quantization = config["quantization_config"]

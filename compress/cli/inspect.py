@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compress.models.architecture import Architecture
     from compress.modules.spec import ModuleSpec
 
-Check = Annotated[bool, typer.Option("--check", help="read every tensor, and look for NaN and infinity")]
+Check = Annotated[bool, typer.Option("--check", help="read every tensor: checksums of an export, NaN and infinity")]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,12 @@ def inspect(
     from compress.errors import CheckpointError
 
     refuse_unfinished(model)
+    from compress.checkpoint.seal import read_seal
     from compress.checkpoint.source import find_source
 
     source = find_source(model, revision)
+    if source.folder is not None:
+        read_seal(source.folder)
     notes: list[str] = []
     architecture, specs = _understood(source, notes)
     modules = modules_in(source, architecture, specs, methods_of(source, specs))
@@ -168,11 +171,11 @@ def bad_tensors(source: Source, quiet: bool) -> list[str]:
     """Tensors that hold a value which is no finite number; reads all of the weights."""
     import torch
 
-    from compress.checkpoint.reader import CheckpointReader
+    from compress.checkpoint.translate import open_reader
     from compress.cli.progress import Display
 
     bad = []
-    with Display(quiet) as display, CheckpointReader(source.fetch()) as reader:
+    with Display(quiet) as display, open_reader(source.fetch(), source.config) as reader:
         display.begin("check", len(reader.infos), "tensor")
         for name in reader.infos:
             tensor = reader.read(name)

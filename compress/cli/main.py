@@ -21,6 +21,7 @@ import typer
 from compress.cli.bench import bench
 from compress.cli.doctor import doctor
 from compress.cli.evaluate import evaluate
+from compress.cli.export import export
 from compress.cli.generate import generate
 from compress.cli.inspect import inspect
 from compress.cli.methods import methods
@@ -48,6 +49,7 @@ app.command("eval", short_help="perplexity, fidelity to the original, and benchm
 app.command(short_help="the benchmarks that eval knows")(tasks)
 app.command(short_help="tokens per second and memory, beside the original")(bench)
 app.command(short_help="let a model go on from a prompt")(generate)
+app.command(short_help="write a result in the formats of servers and other libraries")(export)
 app.command(short_help="publish a result on the Hub")(push)
 app.command(short_help="method, representation and bytes of each layer")(inspect)
 app.command(short_help="the methods that a recipe can name, and their settings")(methods)

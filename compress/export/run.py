@@ -51,8 +51,6 @@ def export(
             check_held(format_, model)
         changes = _scale_changes(model, format_)
         warnings = [*_inexact(changes, format_), *server_warnings(format, model)]
-        for warning in warnings:
-            progress.note(warning)
         with staging(target) as stage:
             found = _write(model, format_, stage, progress)
             install(stage, target)
@@ -84,7 +82,7 @@ def open_model(name: str, revision: str | None = None) -> Model:
 def default_out(model: Model, format_: str) -> Path:
     """Beside the source, or in out/ if that is not a folder of the user's."""
     path = Path(model.name).expanduser()
-    base = path.resolve() if path.is_dir() else Path("out") / model.name.rpartition("/")[2]
+    base = (path if path.name else path.resolve()) if path.is_dir() else Path("out") / model.name.rpartition("/")[2]
     return base.with_name(f"{base.name}-{format_}")
 
 

@@ -6,11 +6,12 @@ come out as predicted.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.description import modules_of, standard_holds
+from compress.checkpoint.foreign import translated
 from compress.checkpoint.headers import TensorInfo
 from compress.checkpoint.source import Source, find_source, tokenizer_size
 from compress.errors import CheckpointError, RecipeError, naming
@@ -141,6 +142,7 @@ def plan(recipe: Recipe) -> Plan:
 
     source = find_source(recipe.model.path, recipe.model.revision)
     with naming(source.name):
+        source = replace(source, infos=translated(source.config, source.infos))
         architecture = architecture_of(source.config, source.infos.keys())
         source_specs = modules_of(source.config, source.infos)
     check_source(source, architecture, source_specs)
