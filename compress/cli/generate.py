@@ -72,8 +72,7 @@ def generate(
     from compress.cli.signals import Ended
     from compress.errors import RecipeError
 
-    if greedy and temperature:
-        raise RecipeError(f"--greedy and --temperature {temperature:g}: choose one")
+    chosen = heat(greedy, temperature)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise RecipeError("--prompt: is empty; give the text to go on from")
@@ -84,10 +83,10 @@ def generate(
     from compress.pipeline.run import Machine, compute_device
 
     if quiet or not sys.stderr.isatty():
-        _hide_bars()
+        hide_bars()
     place = compute_device(Machine(check_device(device)))
     loaded = load(model, device=place, revision=revision, trust_remote_code=trust_remote_code)
-    tokenizer = _tokenizer(loaded, trust_remote_code)
+    tokenizer = tokenizer_of(loaded, trust_remote_code)
     template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not template:
         raise RecipeError(
@@ -103,9 +102,8 @@ def generate(
     torch.manual_seed(seed)
     streamer = None if as_json else _streamer(tokenizer, skip_prompt=as_message)
     start = time.perf_counter()
-    heat = 0.0 if greedy else TEMPERATURE if temperature is None else temperature
     try:
-        made = _generate(loaded, ids.to(place), n_new, heat, streamer)
+        made = _generate(loaded, ids.to(place), n_new, chosen, streamer)
     except BrokenPipeError:
         raise Ended(signal.SIGPIPE) from None
     seconds = time.perf_counter() - start
@@ -118,13 +116,13 @@ def generate(
         note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} per second")
 
 
-def _hide_bars() -> None:
+def hide_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
-def _tokenizer(model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from compress.calibration.data import load_tokenizer
 
     return load_tokenizer(Path(model.config._name_or_path), trust_remote_code=trust_remote_code)
@@ -145,12 +143,18 @@ def _room(model: PreTrainedModel, n_prompt: int, wanted: int) -> int:
     """How many new tokens there are positions for. Raises: RecipeError if there is none."""
     from compress.errors import RecipeError
 
-    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    limit = positions(model)
     if limit is None:
         return wanted
     if n_prompt >= limit:
         raise RecipeError(f"--prompt: has {n_prompt} tokens, the model {limit} positions; use a shorter one")
     return min(wanted, limit - n_prompt)
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The length of the model's context in tokens; None if it has no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    return None if limit is None else int(limit)
 
 
 def _streamer(tokenizer: Any, skip_prompt: bool) -> Any:
@@ -162,10 +166,23 @@ def _streamer(tokenizer: Any, skip_prompt: bool) -> Any:
 def _generate(model: Any, ids: Any, n_new: int, temperature: float, streamer: Any) -> Any:
     import torch
 
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
     with torch.inference_mode():
         return model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, streamer=streamer, **sampling
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, streamer=streamer, **sampling(temperature)
         )
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """What transformers is told to choose tokens by."""
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def heat(greedy: bool, temperature: float | None) -> float:
+    """The temperature that --greedy and --temperature come to. Raises: RecipeError if they contradict each other."""
+    from compress.errors import RecipeError
+
+    if greedy and temperature:
+        raise RecipeError(f"--greedy and --temperature {temperature:g}: choose one")
+    return 0.0 if greedy else TEMPERATURE if temperature is None else temperature

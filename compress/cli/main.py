@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli.bench import bench
+from compress.cli.chat import chat
 from compress.cli.doctor import doctor
 from compress.cli.evaluate import evaluate
 from compress.cli.export import export
@@ -49,6 +50,7 @@ app.command("eval", short_help="perplexity, fidelity to the original, and benchm
 app.command(short_help="the benchmarks that eval knows")(tasks)
 app.command(short_help="tokens per second and memory, beside the original")(bench)
 app.command(short_help="let a model go on from a prompt")(generate)
+app.command(short_help="talk with a model")(chat)
 app.command(short_help="write a result in the formats of servers and other libraries")(export)
 app.command(short_help="publish a result on the Hub")(push)
 app.command(short_help="method, representation and bytes of each layer")(inspect)

@@ -56,9 +56,14 @@ def note(text: str) -> None:
     _write(text, sys.stderr)
 
 
-def _write(text: str, stream: IO[str]) -> None:
+def write(text: str) -> None:
+    """A piece of the result that is still being made."""
+    _write(text, sys.stdout, end="")
+
+
+def _write(text: str, stream: IO[str], end: str = "\n") -> None:
     try:
-        print(text, file=stream, flush=True)
+        print(text, file=stream, flush=True, end=end)
     except BrokenPipeError:  # `compress … | head`: whoever reads has enough
         raise Ended(signal.SIGPIPE) from None
 
