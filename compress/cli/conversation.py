@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from compress.cli.generate import positions, sampling
 from compress.errors import RecipeError
@@ -159,15 +160,36 @@ class _Asked(StoppingCriteria):
         return torch.full((len(input_ids),), self.stopped(), dtype=torch.bool, device=input_ids.device)
 
 
-class _Collector(TextStreamer):
-    """Hands on the text of a reply, piece by piece, each when it is a whole word."""
+class _Collector(BaseStreamer):
+    """Hands on the text of a reply, token by token; of a character that several tokens make, when the last is there."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-        self.text = ""
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.text = ""  # what has been handed on
+        self._line: list[int] = []  # the tokens since the last line end, which are decoded together
+        self._shown = 0  # characters of that line that have been handed on
+        self._prompt = True
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        if text:
-            self.on_text(text)
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt:  # it comes first, as a whole
+            self._prompt = False
+            return
+        self._line += value.reshape(-1).tolist()
+        line = self._decoded()
+        if not line.endswith("\ufffd"):
+            self._hand_on(line)
+            if line.endswith("\n"):
+                self._line, self._shown = [], 0
+
+    def end(self) -> None:
+        self._hand_on(self._decoded())
+
+    def _decoded(self) -> str:
+        text: str = self.tokenizer.decode(self._line, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _hand_on(self, line: str) -> None:
+        new, self._shown = line[self._shown :], max(self._shown, len(line))
+        self.text += new
+        if new:
+            self.on_text(new)
