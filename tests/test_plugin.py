@@ -70,7 +70,7 @@ def test_a_later_step_compresses_what_the_plugin_made(package: Any, tmp_path: Pa
     steps = [*STEPS, {"gptq": {"bits": 4, "group_size": 32}}]
     result = compress.run(recipe_for(tmp_path / "model", steps, text), tmp_path / "out")
     assert result.plan.format == "compressed-tensors"
-    assert {layer.method for layer in result.plan.layers.values()} == {"gptq"}
+    assert {layer.method for layer in result.plan.layers.values()} == {"gptq", "float8+gptq"}
 
 
 def test_its_settings_are_checked_like_ours(package: Any, tmp_path: Path, text: Path) -> None:

@@ -87,11 +87,16 @@ class Outcome:
 
 
 class SiteMethod(ABC):
-    """A method that works site by site. Subclasses set `name`, `summary` and `Config`; instances are not needed."""
+    """A method that works site by site. Subclasses set `name`, `summary` and `Config`; instances are not needed.
+
+    `on_leaves`: whether it also works on the leaves of a module that an earlier step made (the factors of a low-rank
+    layer), or on whole weights only.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
+    on_leaves: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

@@ -19,7 +19,8 @@ from compress.shipped import heldout_text_path
 
 if TYPE_CHECKING:
     from compress.methods.base import LayerShape
-    from compress.pipeline.plan import Plan, StepPlan
+    from compress.pipeline.plan import Plan
+    from compress.pipeline.steps import StepPlan
 
 BASE_BYTES = 380 * 2**20  # anonymous memory of the process with torch and transformers imported, measured
 FRAGMENTATION = 1.25  # what the allocator holds over what is alive, for tensors of activations, measured

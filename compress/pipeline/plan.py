@@ -6,6 +6,7 @@ come out as predicted.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -13,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.description import modules_of, standard_holds
 from compress.checkpoint.foreign import translated
 from compress.checkpoint.headers import TensorInfo
+from compress.checkpoint.names import compact
 from compress.checkpoint.source import Source, find_source, tokenizer_size
 from compress.errors import CheckpointError, RecipeError, naming
 from compress.models.architecture import Architecture, Site
 from compress.models.families import architecture_of
 from compress.modules.spec import DTYPE_BYTES, ModuleSpec
-from compress.patterns import select
+from compress.pipeline.steps import StepPlan, methods_of, plan_steps
 
 if TYPE_CHECKING:
-    from compress.methods.base import LayerShape, MethodConfig, SiteMethod
-    from compress.recipe import Recipe, Step
+    from compress.methods.base import LayerShape
+    from compress.recipe import Recipe
 
 STANDARD, OWN = "compressed-tensors", "compress"
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -41,17 +43,6 @@ class LayerPlan:
     spec: ModuleSpec
     bytes_before: int
     bytes_after: int
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One step: its method, the configuration of each layer it applies to, and whether it needs calibration data."""
-
-    number: int
-    method: type[SiteMethod]
-    configs: dict[str, MethodConfig]
-    needs_data: bool
-    needs_original: bool
 
 
 @dataclass(frozen=True)
@@ -148,7 +139,7 @@ def plan(recipe: Recipe) -> Plan:
     check_source(source, architecture, source_specs)
     float_dtype = FLOAT_DTYPES.get(recipe.model.dtype) or stored_float_dtype(source)
     weights = _weights(source, architecture, source_specs)
-    steps = tuple(_plan_step(number, step, architecture, weights, source) for number, step in enumerate(recipe.steps))
+    steps = plan_steps(recipe.steps, weights, source_specs)
     layers = _plan_layers(steps, architecture, weights, source, source_specs, float_dtype)
     specs = {**source_specs, **{name: layer.spec for name, layer in layers.items()}}
     format_, reason = _choose_format(recipe.output.format, specs, architecture)
@@ -157,7 +148,7 @@ def plan(recipe: Recipe) -> Plan:
     )
     total_before = sum(info.nbytes for info in source.infos.values())
     total_after = _bytes_after(source, architecture, source_specs, layers, float_dtype, untied)
-    warnings = _warnings(layers, format_, untied)
+    warnings = [*_warnings(layers, format_, untied), *_kept(steps)]
     _check_data(recipe, source, architecture, steps)
     draft = Plan(
         recipe, source, architecture, (steps,), layers, source_specs, float_dtype, format_, reason, untied,
@@ -235,31 +226,6 @@ def _weights(
     return weights
 
 
-def _plan_step(
-    number: int, step: Step, architecture: Architecture, weights: dict[str, tuple[Site, LayerShape]], source: Source
-) -> StepPlan:
-    from compress.methods import find
-
-    method = find(step.method)
-    where = f"steps.{number}"
-    outside = [name for name, (site, _) in weights.items() if site.kind in ("head", "embedding")]
-    names = select(list(weights), step.layers, step.skip, outside=outside, where=where)
-    if not names:
-        raise RecipeError(f"{where}: {step.method}: layers minus skip leave no layer; widen layers or narrow skip")
-    configs = step.configs(names, where=where)
-    requests = {request for config in configs.values() for request in method.statistics(config)}
-    needs_original = any(request.needs_original for request in requests)
-    for name in names:
-        if needs_original and weights[name][0].expert is not None:
-            raise RecipeError(
-                f"{where}.{step.method}: {name}: compares with the original model's inputs, but routers send other tokens to "
-                f"an expert there; skip the experts or turn the comparison off"
-            )
-        spec = method.plan(weights[name][1], configs[name])
-        assert (spec.out_features, spec.in_features) == (weights[name][1].out_features, weights[name][1].in_features)
-    return StepPlan(number, method, configs, bool(requests), needs_original)
-
-
 def _plan_layers(
     steps: tuple[StepPlan, ...],
     architecture: Architecture,
@@ -274,8 +240,7 @@ def _plan_layers(
     for name, (site, shape) in weights.items():
         if name not in last:
             continue
-        step = last[name]
-        spec = step.method.plan(shape, step.configs[name])
+        spec = last[name].specs[name]
         if name in source_specs:
             before = sum(source.infos[f"{name}.{suffix}"].nbytes for suffix in source_specs[name].tensors("F32"))
         elif site.kind == "head" and architecture.tied:
@@ -283,7 +248,7 @@ def _plan_layers(
         else:
             before = source.infos[f"{name}.weight"].nbytes
         layers[name] = LayerPlan(
-            name, site.name, block_of.get(site.name), shape.out_features, shape.in_features, step.method.name, spec,
+            name, site.name, block_of.get(site.name), shape.out_features, shape.in_features, methods_of(name, steps), spec,
             before, spec.nbytes(float_dtype),
         )  # fmt: skip
     return layers
@@ -314,7 +279,7 @@ def _bytes_after(
     kept = sum(
         stored_bytes(info, float_dtype)
         for name, info in source.infos.items()
-        if owner(name) not in layers or name.endswith(".bias")
+        if owner(name, layers) is None or name.endswith(".bias")
     )
     total = kept + sum(layer.bytes_after for layer in layers.values())
     head, table = architecture.head.linears[0], architecture.embedding.linears[0]
@@ -331,9 +296,13 @@ def stored_bytes(info: TensorInfo, float_dtype: str) -> int:
     return prod(info.shape) * DTYPE_BYTES[float_dtype if is_float else info.dtype]
 
 
-def owner(tensor_name: str) -> str:
-    """The module that a tensor belongs to."""
-    return tensor_name.rpartition(".")[0]
+def owner(tensor_name: str, modules: Collection[str]) -> str | None:
+    """The one among `modules` that a tensor belongs to, directly or through a leaf of it; None if there is none."""
+    name = tensor_name
+    while name := name.rpartition(".")[0]:
+        if name in modules:
+            return name
+    return None
 
 
 def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[str]:
@@ -352,6 +321,20 @@ def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[
         for layer in layers.values()
         if layer.bytes_after >= layer.bytes_before > 0
     ]
+    return warnings
+
+
+def _kept(steps: tuple[StepPlan, ...]) -> list[str]:
+    """A line for each reason to keep layers, with their names in short."""
+    warnings = []
+    for step in steps:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in step.kept.items():
+            reasons.setdefault(reason, []).append(name)
+        warnings += [
+            f"steps.{step.number}.{step.method.name}: {', '.join(compact(names))}: kept as before: {reason}"
+            for reason, names in reasons.items()
+        ]
     return warnings
 
 

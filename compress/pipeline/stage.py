@@ -30,14 +30,16 @@ from compress.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from compress.checkpoint.stream import StreamedModel, load_module, rebuild_module, tensors_in
 from compress.checkpoint.writer import Stored, finite_chunks, from_source, from_tensor, write_safetensors
 from compress.errors import CheckpointError, NumericsError
-from compress.methods.base import Layer, Outcome, SiteTask
+from compress.methods.base import Outcome
 from compress.models.architecture import Site
 from compress.models.families import module_name
 from compress.modules.base import CompressedModule
 from compress.pipeline.journal import BlockEntry, Journal, sha256_of
 from compress.pipeline.meter import Stopwatch, release_free_memory
-from compress.pipeline.plan import OWN, Plan, StepPlan
+from compress.pipeline.plan import OWN, Plan, owner
 from compress.pipeline.progress import Progress
+from compress.pipeline.steps import StepPlan
+from compress.pipeline.targets import Target, compress_targets, merged
 
 PROBE_TOKENS = 128  # enough for most experts to be reached, few enough to be free
 ENTRY = -1  # journal number of the part before block 0; the head's is the number of blocks
@@ -174,7 +176,8 @@ class Stage:
             stream = self._original_stream(unchanged, index, original)
         for step in self.steps:
             last = step is self.steps[-1]
-            outcomes.update(self._step(block, index, step, hidden, stream if step.needs_original else None, last))
+            done = self._step(block, index, step, hidden, stream if step.needs_original else None, last, outcomes)
+            outcomes |= {name: merged(outcomes.get(name), outcome) for name, outcome in done.items()}
         if stream is not None:
             with self.watch("forward"):
                 stream.finish()
@@ -201,12 +204,14 @@ class Stage:
         hidden: HiddenStates,
         stream: OriginalStream | None,
         last: bool,
+        before: dict[str, Outcome],
     ) -> dict[str, Outcome]:
+        """What one step makes of its layers in the block. `before`: what the steps before it made."""
         sites = [s for s in self.plan.architecture.sites(index) if any(n in step.configs for n in s.linears)]
         outcomes: dict[str, Outcome] = {}
         if not sites or not step.needs_data:
             for site in sites:
-                for name, outcome in self._compress_site(site, step, None).items():
+                for name, outcome in self._compress_site(site, step, None, before).items():
                     outcomes[name] = outcome
                     self.model.skeleton.replace(name, self._running(name, outcome.module))
             if last:
@@ -225,7 +230,7 @@ class Stage:
                 release_free_memory()
                 with self.watch("statistics"):
                     statistics = self._gather(site, step, run)
-                done = self._compress_site(site, step, statistics)
+                done = self._compress_site(site, step, statistics, before)
                 del statistics
                 names = [name for name in site.linears if name in step.configs]
                 for position, name in enumerate(names):
@@ -258,45 +263,50 @@ class Stage:
     def _gather(self, site: Site, step: StepPlan, run: BlockPass) -> SiteStatistics:
         names = [name for name in site.linears if name in step.configs]
         requests = tuple(dict.fromkeys(r for n in names for r in step.method.statistics(step.configs[n])))
-        width = self._weight_of(names[0]).shape[1]
+        width = self.plan.layers[names[0]].in_features
         n_tokens = sum(ids.numel() for ids in self.batches)
         gatherer = gather(requests, width, n_tokens, self._generator(step, site.name, "statistics"))
         for x, original in run.inputs(site.name):
             gatherer.add(x, original)
         return gatherer.result(f"{site.name} ({step.method.name})")
 
-    def _compress_site(self, site: Site, step: StepPlan, statistics: SiteStatistics | None) -> dict[str, Outcome]:
-        layers = tuple(self._layer(name, step, site) for name in site.linears if name in step.configs)
-        with self.watch(f"{step.method.name}"):
-            outcomes = step.method.compress(
-                SiteTask(site.name, layers), statistics, self._generator(step, site.name, "compress")
+    def _compress_site(
+        self, site: Site, step: StepPlan, statistics: SiteStatistics | None, before: dict[str, Outcome]
+    ) -> dict[str, Outcome]:
+        targets = [self._target(name, site, before.get(name)) for name in site.linears if name in step.configs]
+        return self._compress_targets(site, step, targets, statistics)
+
+    def _compress_targets(
+        self, site: Site, step: StepPlan, targets: list[Target], statistics: SiteStatistics | None
+    ) -> dict[str, Outcome]:
+        with self.watch(step.method.name):
+            outcomes = compress_targets(
+                step,
+                site.name,
+                targets,
+                statistics,
+                self.float_dtype,
+                lambda purpose: self._generator(step, site.name, purpose),
             )
-        for layer in layers:
-            outcome = outcomes[layer.name]
-            if step.number == max(s.number for s in self.steps if layer.name in s.configs):
-                planned = self.plan.layers[layer.name].spec
-                assert outcome.module.spec == planned, (
-                    f"{layer.name}: {outcome.module.spec} where {planned} was planned"
-                )
+        for name, outcome in outcomes.items():
+            planned = step.specs[name]
+            assert outcome.module.spec == planned, f"{name}: {outcome.module.spec} where {planned} was planned"
             for note in outcome.notes:
-                self.progress.note(f"{layer.name}: {note}")
+                self.progress.note(f"{name}: {note}")
         return outcomes
 
-    def _layer(self, name: str, step: StepPlan, site: Site) -> Layer:
-        module = self.model.skeleton.module(name)
-        bias = getattr(module, "bias", None)
-        return Layer(name, self._weight_of(name), bias, step.configs[name], self.float_dtype, site.layer_kind)
-
-    def _weight_of(self, name: str) -> Tensor:
-        """The weight in float32 [out_features, in_features], whatever the module is now."""
+    def _target(self, name: str, site: Site, before: Outcome | None) -> Target:
         module = self.model.skeleton.module(name)
         if isinstance(module, Gate):
             module = module.target
-        if isinstance(module, CompressedModule):
-            return module.leaves()[""].weight
+        bias = getattr(module, "bias", None)
+        if before is not None:
+            return Target(name, None, bias, before.module, site.layer_kind)
+        if isinstance(module, CompressedModule):  # of the source; it runs in the dtype of the pass
+            return Target(name, None, bias, copy.deepcopy(module).to(self.float_dtype), site.layer_kind)
         weight = module.get_parameter("weight").detach().float()
         flipped = self.plan.architecture.transposed and name not in self._outer_names()
-        return weight.T.contiguous() if flipped else weight
+        return Target(name, weight.T.contiguous() if flipped else weight, bias, None, site.layer_kind)
 
     def _outer_names(self) -> tuple[str, ...]:
         return (*self.plan.architecture.head.linears, *self.plan.architecture.embedding.linears)
@@ -335,7 +345,7 @@ class Stage:
         """Write one shard: compressed modules from memory, the rest copied from the source."""
         tensors: dict[str, Stored] = {}
         for name in names:
-            if name.rpartition(".")[0] not in outcomes:
+            if owner(name, outcomes) is None:
                 tensors[name] = from_source(self.model.reader, name, self._cast())
         tensors.update(extra or {})
         layers = {}
@@ -355,7 +365,8 @@ class Stage:
         return None if self.plan.recipe.model.dtype == "auto" else self.float_dtype
 
     def _check_bytes(self, name: str, tensors: dict[str, Stored]) -> None:
-        written = sum(t.nbytes for n, t in tensors.items() if n.rpartition(".")[0] == name and not n.endswith(".bias"))
+        prefix = name + "."
+        written = sum(t.nbytes for n, t in tensors.items() if n.startswith(prefix) and n != f"{prefix}bias")
         planned = self.plan.layers[name].bytes_after
         assert written == planned, f"{name}: {written} bytes where the plan has {planned}"
 
@@ -440,26 +451,29 @@ class Stage:
         for step in self.steps:
             if name not in step.configs:
                 continue
-            current = outcomes[name].module.leaves()[""].weight if name in outcomes else self._outer_weight(name)
+            width = self.plan.layers[name].in_features
             statistics = None
             requests = step.method.statistics(step.configs[name])
             if hidden is not None and requests:
                 n_tokens = sum(ids.numel() for ids in self.batches)
-                gatherer = gather(requests, current.shape[1], n_tokens, self._generator(step, site.name, "statistics"))
+                gatherer = gather(requests, width, n_tokens, self._generator(step, site.name, "statistics"))
                 for x in self._normed(hidden):
                     gatherer.add(x)
                 statistics = gatherer.result(f"{name} ({step.method.name})")
-            bias = self.model.reader.read(f"{name}.bias") if f"{name}.bias" in self.model.reader else None
-            layer = Layer(name, current, bias, step.configs[name], self.float_dtype, site.layer_kind)
-            with self.watch(step.method.name):
-                outcomes.update(
-                    step.method.compress(
-                        SiteTask(site.name, (layer,)), statistics, self._generator(step, site.name, "compress")
-                    )
-                )
-            for note in outcomes[name].notes:
-                self.progress.note(f"{name}: {note}")
+            target = self._outer_target(site, outcomes.get(name))
+            done = self._compress_targets(site, step, [target], statistics)
+            outcomes |= {name: merged(outcomes.get(name), outcome) for name, outcome in done.items()}
         return outcomes
+
+    def _outer_target(self, site: Site, before: Outcome | None) -> Target:
+        name, reader = site.linears[0], self.model.reader
+        bias = reader.read(f"{name}.bias") if f"{name}.bias" in reader else None
+        if before is not None:
+            return Target(name, None, bias, before.module, site.layer_kind)
+        if name in self.plan.source_specs:
+            module = load_module(name, self.plan.source_specs[name], reader, self.float_dtype)
+            return Target(name, None, bias, module, site.layer_kind)
+        return Target(name, self._outer_weight(name), bias, None, site.layer_kind)
 
     def _outer_weight(self, name: str) -> Tensor:
         """The head's or the table's weight in float32, whatever it is stored as; checked."""
@@ -467,7 +481,7 @@ class Stage:
         if name == architecture.head.linears[0] and architecture.tied:
             name = architecture.embedding.linears[0]
         if name in self.plan.source_specs:
-            return self._read_module(name, self.model.reader, self.plan.source_specs).leaves()[""].weight
+            return self._read_module(name, self.model.reader, self.plan.source_specs).dense(torch.float32)
         weight = self.model.reader.read(f"{name}.weight", torch.float32)
         if not torch.isfinite(weight).all():
             raise CheckpointError(f"{self.model.folder}: tensor {name}.weight holds NaN or infinity; fetch it again")

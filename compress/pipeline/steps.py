@@ -1,0 +1,142 @@
+"""The steps of a recipe, layer by layer: which method does what to which layer, and what the layer is after it.
+
+A step works on what the steps before it left: on the weight of a layer, or on the leaves of a module that an earlier step
+made of it (the two factors of a low-rank layer), each of them like a layer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import lcm
+from typing import TYPE_CHECKING
+
+from compress.errors import RecipeError
+from compress.models.architecture import Site
+from compress.modules.spec import ModuleSpec
+from compress.patterns import select
+
+if TYPE_CHECKING:
+    from compress.methods.base import Kept, LayerShape, MethodConfig, SiteMethod
+    from compress.recipe import Step
+
+Weights = Mapping[str, "tuple[Site, LayerShape]"]  # every layer on disk: its site and shape
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: its method, the configuration of each layer it applies to, and what each is stored as behind it.
+
+    `kept`: layers that were asked for and that the method leaves as they are, with the reason.
+    """
+
+    number: int
+    method: type[SiteMethod]
+    configs: dict[str, MethodConfig]
+    specs: dict[str, ModuleSpec]
+    needs_data: bool
+    needs_original: bool
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def plan_steps(steps: Sequence[Step], weights: Weights, source_specs: Mapping[str, ModuleSpec]) -> tuple[StepPlan, ...]:
+    """What every step does. Raises: RecipeError naming the step, the layer, the reason and a value that works."""
+    chosen = [_chosen(number, step, weights) for number, step in enumerate(steps)]
+    current = dict(source_specs)
+    planned = []
+    for number, (method, configs) in enumerate(chosen):
+        later = chosen[number + 1 :]
+        fitted = {name: method.fitted(config, _multiple(name, later)) for name, config in configs.items()}
+        planned.append(_plan_step(number, method, fitted, weights, current))
+        current.update(planned[-1].specs)
+    return tuple(planned)
+
+
+def leaf_name(name: str, leaf: str) -> str:
+    """How a leaf of layer `name` is called in messages, reports and on disk."""
+    return f"{name}.{leaf}" if leaf else name
+
+
+def methods_of(name: str, steps: Sequence[StepPlan]) -> str:
+    """The methods that worked on a layer, in order: "svd+gptq"."""
+    return "+".join(step.method.name for step in steps if name in step.configs)
+
+
+def _chosen(number: int, step: Step, weights: Weights) -> tuple[type[SiteMethod], dict[str, MethodConfig]]:
+    from compress.methods import find
+
+    where = f"steps.{number}"
+    method = find(step.method)
+    outside = [name for name, (site, _) in weights.items() if site.kind in ("head", "embedding")]
+    names = select(list(weights), step.layers, step.skip, outside=outside, where=where)
+    if not names:
+        raise RecipeError(f"{where}: {step.method}: layers minus skip leave no layer; widen layers or narrow skip")
+    return method, step.configs(names, where=where)
+
+
+def _multiple(name: str, later: Sequence[tuple[type[SiteMethod], Mapping[str, MethodConfig]]]) -> int:
+    """What the inputs of the leaves of `name` must be a multiple of for the steps that come later."""
+    return lcm(*(method.in_multiple(configs[name]) for method, configs in later if name in configs))
+
+
+def _plan_step(
+    number: int,
+    method: type[SiteMethod],
+    configs: Mapping[str, MethodConfig],
+    weights: Weights,
+    current: Mapping[str, ModuleSpec],
+) -> StepPlan:
+    from compress.methods.base import Kept
+
+    where = f"steps.{number}.{method.name}"
+    requests = {request for config in configs.values() for request in method.statistics(config)}
+    needs_original = any(request.needs_original for request in requests)
+    specs: dict[str, ModuleSpec] = {}
+    kept: dict[str, str] = {}
+    for name, config in configs.items():
+        site, shape = weights[name]
+        if needs_original and site.expert is not None:
+            raise RecipeError(
+                f"{where}: {name}: compares with the original model's inputs, but routers send other tokens to an expert "
+                f"there; skip the experts or turn the comparison off"
+            )
+        found = _spec_after(where, method, config, shape, current.get(name))
+        if isinstance(found, Kept):
+            kept[name] = found.reason
+        else:
+            assert (found.out_features, found.in_features) == (shape.out_features, shape.in_features)
+            specs[name] = found
+    if not specs:
+        name, reason = next(iter(kept.items()))
+        raise RecipeError(f"{where}: no layer would change; {name}: {reason}")
+    used = {name: config for name, config in configs.items() if name in specs}
+    return StepPlan(number, method, used, specs, bool(requests), needs_original, kept)
+
+
+def _spec_after(
+    where: str, method: type[SiteMethod], config: MethodConfig, shape: LayerShape, before: ModuleSpec | None
+) -> ModuleSpec | Kept:
+    """The spec of a layer behind a step, or why it is kept."""
+    from compress.methods.base import Kept, LayerShape
+
+    leaves = {"": (shape.out_features, shape.in_features)} if before is None else before.leaf_shapes()
+    if before is None or set(leaves) == {""}:
+        return method.plan(shape, config)
+    if not method.on_leaves:
+        raise RecipeError(
+            f"{where}: {shape.name} is stored as {before.representation} by then, and {method.name} works on whole weights; "
+            f"put it before that step, or skip the layer"
+        )
+    unknown = [type(request).__name__ for request in method.statistics(config) if not request.linear]
+    if unknown:
+        raise RecipeError(
+            f"{where}: needs {unknown[0]} of a layer's inputs, which cannot be had inside {shape.name}, stored as "
+            f"{before.representation} by then; skip the layer, or use a method that needs second moments only"
+        )
+    spec = before
+    for leaf, (out_features, in_features) in leaves.items():
+        found = method.plan(LayerShape(leaf_name(shape.name, leaf), out_features, in_features), config)
+        if isinstance(found, Kept):
+            continue
+        spec = spec.with_leaf(leaf, found)
+    return spec if spec is not before else Kept(f"{method.name} keeps each of its leaves")
