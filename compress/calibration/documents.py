@@ -39,6 +39,7 @@ MAX_PIECES = 2**20
 BORDER_BYTES = 4096  # how far a piece looks for a line border before it settles for a space
 MAX_JSON_BYTES = 2**30  # a .json file must be parsed whole
 SHUFFLE_ROWS = 1024  # rows of a streamed Hub data set among which the next one is drawn
+HUB_SECONDS = 10.0  # until the Hub begins to answer
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -319,6 +320,8 @@ def _hub_records(source: Source, seed: int | None) -> Iterator[Any]:
         from huggingface_hub import constants
 
         offline = constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE
+        if not offline:
+            _ask_hub(source)
         rows = datasets.load_dataset(source.hub, spec.subset, split=split, streaming=not offline)
         if seed is not None:
             rows = rows.shuffle(seed=seed) if offline else rows.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
@@ -340,13 +343,31 @@ def _hub_records(source: Source, seed: int | None) -> Iterator[Any]:
         yield row[column]
 
 
+def _ask_hub(source: Source) -> None:
+    """One question to the Hub, which raises at once what `datasets` would find out after many retries."""
+    from huggingface_hub import HfApi
+
+    HfApi().dataset_info(str(source.hub), timeout=HUB_SECONDS)
+
+
 def _hub_error(source: Source, split: str, error: Exception) -> RecipeError:
+    from compress.checkpoint.hub import is_unreachable, unreachable
+
+    where = source.where
+    files = (
+        f"use files: --set {where}.data=FILE.jsonl (or .txt, .parquet), or the text that ships with the package: "
+        f"--set {where}.data={shipped.NAME}"
+    )
+    subset = f", subset {source.spec.subset!r}" if source.spec.subset else ""
+    what = f"{where}.data: data set {source.hub!r} (split {split!r}{subset}) cannot be loaded from the Hub"
+    if is_unreachable(error):
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            return RecipeError(f"{what}: HF_HUB_OFFLINE is set, and it is not in the cache; unset it, or {files}")
+        cache = "or set HF_HUB_OFFLINE=1 if it was downloaded before"
+        return RecipeError(f"{what}: {unreachable(error)}, {cache}, or {files}")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = f"{type(error).__name__}: {' '.join(lines)}" if lines else type(error).__name__
     reason = reason if len(reason) <= 300 else reason[:299] + "…"
-    subset = f", subset {source.spec.subset!r}" if source.spec.subset else ""
-    return RecipeError(
-        f"{source.where}.data: data set {source.hub!r} (split {split!r}{subset}) cannot be loaded from the Hub: "
-        f"{reason}; check name, subset and split, or use files: --set {source.where}.data=FILE.jsonl (or .txt, "
-        f".parquet), or the text that ships with the package: --set {source.where}.data={shipped.NAME}"
-    )
+    return RecipeError(f"{what}: {reason}; check name, subset and split, or {files}")
