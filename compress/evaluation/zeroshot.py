@@ -343,8 +343,10 @@ def check_writable(place: Path, option: str) -> None:
 
 
 def save_results(results: dict[str, Any], output: Path, log_samples: bool = False) -> Path:
-    """Write results as the harness does: `output`/MODEL/results_DATE.json, or `output` itself if it ends in .json; with
-    `log_samples` the questions of each task beside it. Returns: the file of results.
+    """Write results as the harness does: `output`/MODEL/results_DATE.json, and with `log_samples` the questions of each
+    task as samples_TASK_DATE.jsonl. An `output` that ends in .json is the very file, the questions beside it.
+
+    Returns: the file of results.
 
     Raises: CheckpointError if it cannot be written.
     """
@@ -373,7 +375,8 @@ def save_results(results: dict[str, Any], output: Path, log_samples: bool = Fals
                 said = {key: sanitize_list(sample[key]) for key in ("resps", "filtered_resps")}
                 line = {**sample, **said, "arguments": arguments, "target": str(sample["target"])}
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-            (folder / f"samples_{task}_{date}.jsonl").write_text("".join(lines), encoding="utf-8")
+            name = f"{output.stem}_samples_{task}.jsonl" if is_file else f"samples_{task}_{date}.jsonl"
+            (folder / name).write_text("".join(lines), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"--output {output}: cannot be written ({error.strerror}); name another place") from None
     return file

@@ -14,7 +14,7 @@ from compress.cli.signals import Ended
 from compress.errors import CheckpointError, NumericsError, RecipeError
 from tests.cli.conftest import process
 
-VERBS = ["run", "plan", "eval", "generate", "inspect", "methods", "recipes", "doctor"]
+VERBS = ["run", "plan", "eval", "tasks", "generate", "inspect", "methods", "recipes", "doctor"]
 HEAVY = ["torch", "transformers", "huggingface_hub", "numpy", "yaml", "rich", "safetensors", "datasets"]
 
 

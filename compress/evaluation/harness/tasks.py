@@ -102,13 +102,13 @@ def load_tasks(
     objects: list[Any] = []
     for label, spec in specs.items():
         with _errors_of(label):
-            made = index.manager.load([spec])
-        objects.extend([next(iter(made["groups"].values()))] if made.get("groups") else made["tasks"].values())
+            made = index.manager._load_spec(spec)
+        objects.extend(made if isinstance(made, list) else [made])
         progress.advance(1, label)
     progress.end()
+    random_state = _random_state()  # before anything else is done with them: their very names may be drawn at random
     with _errors_of(", ".join(specs)):
         loaded = index.manager.load(objects)
-    random_state = _random_state()  # before anything else looks at the questions
     tasks: dict[str, Task] = loaded["tasks"]
     for name, task in tasks.items():
         with _errors_of(name):
