@@ -105,6 +105,7 @@ class HubServer:
         self.requests: list[str] = []
         self.uploaded: list[str] = []  # SHA-256 of each file that went up, in order
         self.troubles: list[Trouble] = []
+        self.delay = 0.0  # seconds that each upload of a file takes
         self.sent = 0  # bytes of content that went out
         self.part_bytes = part_bytes
         self.lock = threading.RLock()
@@ -402,6 +403,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def put(self, oid: str, part: str | None = None) -> None:
         content = self.body()
+        time.sleep(self.hub.delay)
         if part is not None:
             with self.hub.lock:
                 self.hub.parts.setdefault(oid, {})[int(part)] = content

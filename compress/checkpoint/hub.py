@@ -206,7 +206,7 @@ class HubErrors:
     def _why(self, error: Exception) -> str:
         from huggingface_hub import errors
 
-        local = "or download it elsewhere and give its folder: --set model=FOLDER"
+        local = "or download it elsewhere and give its folder"
         if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
             error = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(error, errors.HFValidationError):

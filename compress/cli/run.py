@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,10 +89,16 @@ def run(
             note(f"{_finished(folder)}; to go on:  {resume_command(sys.argv[1:])}")
             raise
     if as_json:
-        print_json({**result.report, "already_finished": result.already_finished, "notes": display.notes})
+        pushed = {} if result.pushed is None else {"pushed": asdict(result.pushed)}
+        notes = {"already_finished": result.already_finished, "notes": display.notes}
+        print_json({**result.report, **notes, **pushed})
         display.repeat_notes()
-    else:
-        print_report(result.report, folder, result.already_finished, display.notes)
+        return
+    print_report(result.report, folder, result.already_finished, display.notes)
+    if result.pushed is not None:
+        from compress.cli.push import print_pushed
+
+        print_pushed(replace(result.pushed, notes=[]))  # they are among the display's
 
 
 def resume_command(arguments: list[str]) -> str:
