@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
     "gptq": "compress.methods.gptq:GPTQ",
+    "svd": "compress.methods.svd:SVD",
 }
 
 ENTRY_POINTS = "compress.methods"  # the group in which an outside package names its methods

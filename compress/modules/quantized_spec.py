@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from compress.errors import CheckpointError
-from compress.modules.spec import ModuleSpec
+from compress.modules.spec import MAX_FEATURES, ModuleSpec, check_whole
 
 MIN_BITS, MAX_BITS = 1, 8  # what compressed-tensors can pack
-MAX_FEATURES = 2**31 - 1  # more than any model has, and products of two still fit 64 bits
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,10 @@ class QuantizedSpec(ModuleSpec):
 
     def validate(self) -> None:
         for name in ("in_features", "out_features"):
-            _check_int(name, getattr(self, name), 1, MAX_FEATURES)
-        _check_int("bits", self.bits, MIN_BITS, MAX_BITS)
+            check_whole(name, getattr(self, name), 1, MAX_FEATURES)
+        check_whole("bits", self.bits, MIN_BITS, MAX_BITS)
         if self.group_size != -1:
-            _check_int("group_size", self.group_size, 1, self.in_features)
+            check_whole("group_size", self.group_size, 1, self.in_features)
             if self.in_features % self.group_size:
                 raise CheckpointError(f"group_size={self.group_size} does not divide in_features={self.in_features}")
         if not isinstance(self.symmetric, bool):
@@ -64,8 +63,3 @@ class QuantizedSpec(ModuleSpec):
 def n_words(n_codes: int, bits: int) -> int:
     """32-bit words that hold `n_codes` codes of `bits` bits."""
     return -(-n_codes * bits // 32)
-
-
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:
-        raise CheckpointError(f"{name}={value!r} is not a whole number from {low} to {high}")

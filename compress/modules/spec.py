@@ -20,6 +20,7 @@ DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+MAX_FEATURES = 2**31 - 1  # more than any model has, and products of two still fit 64 bits
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,21 @@ class ModuleSpec(ABC):
         return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.tensors(float_dtype).values())
 
     def to_dict(self) -> dict[str, object]:
+        """As it stands in `config.json`."""
         return {"representation": self.representation, **asdict(self)}
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, object], where: str) -> ModuleSpec:
+        """The inverse of `to_dict`, less `representation`. What it makes is not validated yet.
+
+        Raises: TypeError for a field that is missing or unknown, CheckpointError naming `where` for what cannot be read.
+        """
+        return cls(**fields)  # type: ignore[arg-type]
 
 
 SPECS = {  # representation -> where its spec lives
     "quantized": "compress.modules.quantized_spec:QuantizedSpec",
+    "low_rank": "compress.modules.low_rank_spec:LowRankSpec",
 }
 ENTRY_POINTS = "compress.representations"
 
@@ -96,7 +107,7 @@ def spec_from_dict(fields: dict[str, object], where: str) -> ModuleSpec:
             f"pip install -U compress-llm, or install the package that made it"
         )
     try:
-        spec = cls(**fields)  # type: ignore[arg-type]
+        spec = cls.from_fields(fields, where)
     except TypeError as error:
         raise CheckpointError(f"{where}: description of a {name} module does not fit: {error}") from None
     try:
@@ -104,3 +115,9 @@ def spec_from_dict(fields: dict[str, object], where: str) -> ModuleSpec:
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     return spec
+
+
+def check_whole(name: str, value: object, low: int, high: int) -> None:
+    """Raises: CheckpointError if `value` is not a whole number from `low` to `high`."""
+    if type(value) is not int or not low <= value <= high:
+        raise CheckpointError(f"{name}={value!r} is not a whole number from {low} to {high}")
