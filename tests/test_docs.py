@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (file|not run): ([^\n]*?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GENERATED = re.compile(r"<!-- generated:.*?<!-- end -->", re.DOTALL)
-OTHER_COMMANDS = ("pip", "python", "python3", "git", "cd", ".", "source", "export")  # shown, and left to the reader
+OTHER_COMMANDS = ("accelerate", "pip", "python", "python3", "git", "cd", ".", "source", "export")  # shown, and left to the reader
 SAMPLES, LENGTH, TOKENS = 8, 64, 512
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -90,6 +90,8 @@ class Reader:
         if block.language == "bash":
             for line in command_lines(block.text):
                 self.command(line, where, run=block.not_run is None)
+        elif block.language == "yaml" and block.text.startswith("task:"):
+            yaml.safe_load(block.text)  # a task of lm-eval, which the commands after it run
         elif block.language == "yaml":
             self.recipe(yaml.safe_load(block.text), where)
         elif block.language == "python":
@@ -128,7 +130,7 @@ class Reader:
         if ">" in words:
             target = words[words.index(">") + 1]
             words = words[: words.index(">")]
-        if words[0] == "eval" and "--max-tokens" not in words:
+        if words[0] == "eval" and not {"--max-tokens", "--tasks"} & set(words):
             words = [*words, "--max-tokens", str(TOKENS)]
         output, errors = io.StringIO(), io.StringIO()
         with redirect_stdout(output), redirect_stderr(errors):

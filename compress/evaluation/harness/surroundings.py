@@ -137,7 +137,7 @@ class _Notes(logging.Handler):
             progress.note(f"{prefix}{self.answered:,} of {self.asked:,} requests were answered before")
         for length, times in self.truncated.items():
             progress.note(
-                f"{prefix}{times:,} requests are longer than the model's {length} positions: their beginning was cut off"
+                f"{prefix}{times:,} requests are longer than the model's {length} positions: their beginnings were cut off"
             )
         for message in self.said:
             progress.note(f"{prefix}lm-eval: {message}")
