@@ -11,12 +11,14 @@ A new method: a file here with its config and equations, one line in `METHODS` (
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calibration.statistics import Request, SiteStatistics
 from compress.modules.base import CompressedModule
@@ -86,6 +88,56 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
+class View(ABC):
+    """The model before the run, for a method that decides something for all layers together (`SiteMethod.observe`).
+
+    Attributes:
+        shapes: the layers that the step applies to.
+        blocks: the block of each of them; None: the head or the token table.
+        n_blocks: how many the model has.
+        batches: the calibration tokens [rows, length]; rows of a batch are of one length.
+    """
+
+    shapes: Mapping[str, LayerShape]
+    blocks: Mapping[str, int | None]
+    n_blocks: int
+    batches: Sequence[Tensor]
+
+    @abstractmethod
+    def sites(self) -> Iterator[tuple[SiteTask, SiteStatistics | None]]:
+        """Every site with layers of the step, in order, with the statistics that the method asks for. One block is in memory."""
+
+    @abstractmethod
+    def states(self) -> Iterator[Tensor]:
+        """Hidden states of the last token of every row, [rows, hidden_size]: those that enter block 0, then those behind each
+        block."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The whole model in float32, which must fit into memory (`observation_bytes` says so in the plan): a causal language
+        model of transformers in eval mode, no parameter of which requires a gradient."""
+
+    @abstractmethod
+    def place(self, model: nn.Module, name: str) -> tuple[nn.Module, str]:
+        """The parent of layer `name` in `model`, and the layer's attribute there."""
+
+    @abstractmethod
+    def generator(self, purpose: str) -> torch.Generator:
+        """Randomness that depends on the seed of the run and the purpose."""
+
+    @abstractmethod
+    def remember(self, key: str, make: Callable[[], Any]) -> Any:
+        """`make()`, JSON-like, or what an interrupted run remembered under `key`: what took long is not computed again."""
+
+    @abstractmethod
+    def track(self, phase: str, total: int, unit: str) -> AbstractContextManager[Callable[[str], None]]:
+        """Progress of something long: call what it gives after each of `total` units, with a detail to show."""
+
+    @abstractmethod
+    def note(self, message: str) -> None:
+        """Tell the user."""
+
+
 class SiteMethod(ABC):
     """A method that works site by site. Subclasses set `name`, `summary` and `Config`; instances are not needed.
 
@@ -116,6 +168,31 @@ class SiteMethod(ABC):
         """`config` for a layer that a later step will compress further, which needs the inputs of each of its leaves to be a
         multiple of `multiple`: ranks are rounded to it."""
         return config
+
+    @classmethod
+    def observes(cls, config: Any) -> bool:
+        """Whether `observe` must settle something first: ranks under a budget, which layers. `plan` then answers with what
+        the layer will store on average, so that the total is right."""
+        return False
+
+    @classmethod
+    def observe(cls, view: View, configs: dict[str, Any]) -> dict[str, Any]:
+        """Decide what depends on all layers: layer name -> its config, settled, or `Kept`.
+
+        Called once, before the first block, with the layers whose config `observes`. Only what is returned goes on: small,
+        and the same for the same seed.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def observation_flops(cls, shapes: tuple[LayerShape, ...], config: Any) -> float:
+        """Floating-point operations of `observe` for one site, beside the forward and the statistics."""
+        return cls.flops(shapes, config)
+
+    @classmethod
+    def observation_bytes(cls, n_weights: int, n_tokens: int, config: Any) -> int:
+        """Peak bytes of `observe` beyond those of a pass: of a whole model with `n_weights`, if it looks at one."""
+        return 0
 
     @classmethod
     def statistics(cls, config: Any) -> tuple[Request, ...]:

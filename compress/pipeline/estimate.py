@@ -10,7 +10,7 @@ import os
 import time
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.source import SHIPPED
 from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
@@ -40,7 +40,7 @@ def estimate(plan: Plan) -> tuple[int, float]:
     evaluation_bytes = 0
     if plan.recipe.evaluation:
         evaluation_bytes = _evaluation_bytes(plan)
-    peak = BASE_BYTES + max(compress_bytes, evaluation_bytes)
+    peak = BASE_BYTES + max(compress_bytes, evaluation_bytes, _observation_bytes(plan, tokens))
     return peak, _seconds(plan, tokens)
 
 
@@ -120,6 +120,17 @@ def _outside_bytes(plan: Plan, tokens: int) -> int:
     return rows * architecture.hidden_size * COMPUTE_BYTES + head_elements * DTYPE_BYTES[plan.float_dtype]
 
 
+def _observation_bytes(plan: Plan, tokens: int) -> int:
+    """Of methods that look at the whole model at once."""
+    n_weights = sum(prod(info.shape) for info in plan.source.infos.values())
+    observing = {(step.method, config) for stage in plan.stages for step in stage for config in _observing(step)}
+    return max((method.observation_bytes(n_weights, tokens, config) for method, config in observing), default=0)
+
+
+def _observing(step: StepPlan) -> set[Any]:
+    return {config for config in step.configs.values() if step.method.observes(config)}
+
+
 def _evaluation_bytes(plan: Plan) -> int:
     architecture = plan.architecture
     head = architecture.vocab_size * architecture.hidden_size * DTYPE_BYTES[plan.float_dtype]
@@ -152,6 +163,10 @@ def _seconds(plan: Plan, tokens: int) -> float:
         config = step.configs[shapes[0].name]
         flops += sum(r.flops(shapes[0].in_features) for r in step.method.statistics(config)) * tokens
         flops += step.method.flops(shapes, config)
+        if step.method.observes(config):  # another pass, before the first block
+            flops += sum(r.flops(shapes[0].in_features) for r in step.method.statistics(config)) * tokens
+            flops += step.method.observation_flops(shapes, config)
+    flops += forward * tokens * sum(bool(_observing(step)) for stage in plan.stages for step in stage)
     if plan.recipe.evaluation:
         head = 2.0 * plan.architecture.vocab_size * plan.architecture.hidden_size
         flops += 2 * (forward + 2 * head) * _evaluation_tokens(plan)

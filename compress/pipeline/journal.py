@@ -92,7 +92,7 @@ def open_journal(folder: Path, header: dict[str, Any]) -> Journal:
     if entries:
         _refuse_other_work(folder, found, header)
     else:
-        discard(folder)
+        discard(folder, keep_observed=found == header)
     journal = Journal(folder, header, entries)
     _rewrite(journal)  # drops a torn last line, so that the next one does not continue it
     return journal

@@ -20,6 +20,7 @@ from compress.checkpoint.writer import PARTIAL, write_json, writing
 from compress.errors import CheckpointError, RecipeError
 
 FILES = "files.json"
+OBSERVED = "observed-"  # + a step's number: what was settled before the first block
 CONFIG = "config.json"
 SHARD = re.compile(r"(model|compress)-\d{5}-of-\d{5}\.safetensors")
 INDEXES = ("model.safetensors.index.json", "compress.safetensors.index.json")
@@ -76,8 +77,11 @@ def leave(folder: Path) -> None:
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
 
 
-def discard(folder: Path) -> None:
-    """Remove what a run of ours left, and nothing else: config.json first, so that the rest is no model, the report last."""
+def discard(folder: Path, keep_observed: bool = False) -> None:
+    """Remove what a run of ours left, and nothing else: config.json first, so that the rest is no model, the report last.
+
+    `keep_observed`: not what was settled before the first block.
+    """
     names = {file.name for file in folder.iterdir() if SHARD.fullmatch(file.name)} | {*INDEXES, CONFIG, *_noted(folder)}
     for name in (CONFIG, *sorted(names - {CONFIG}), REPORT):
         for file in (folder / name, folder / (name + PARTIAL)):
@@ -86,7 +90,8 @@ def discard(folder: Path) -> None:
         if "/" in name:
             _remove_empty((folder / name).parent)
     for file in (folder / WORK_FOLDER).iterdir():
-        if file.name != "lock" and file.is_file():
+        kept = file.name == "lock" or (keep_observed and file.name.startswith(OBSERVED))
+        if not kept and file.is_file():
             with writing(file):
                 file.unlink(missing_ok=True)
 

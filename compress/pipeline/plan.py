@@ -20,7 +20,7 @@ from compress.errors import CheckpointError, RecipeError, naming
 from compress.models.architecture import Architecture, Site
 from compress.models.families import architecture_of
 from compress.modules.spec import DTYPE_BYTES, ModuleSpec
-from compress.pipeline.steps import StepPlan, methods_of, plan_steps
+from compress.pipeline.steps import Decisions, StepPlan, methods_of, plan_steps
 
 if TYPE_CHECKING:
     from compress.methods.base import LayerShape
@@ -129,9 +129,14 @@ def plan(recipe: Recipe) -> Plan:
 
     Raises: RecipeError or CheckpointError, one line naming the thing and the remedy, for everything that can be known now.
     """
+    return plan_source(recipe, find_source(recipe.model.path, recipe.model.revision))
+
+
+def plan_source(recipe: Recipe, source: Source, decisions: Decisions | None = None) -> Plan:
+    """`plan` for a source that was found; `decisions` of methods that looked at the model stand in place of the recipe's
+    configurations."""
     from compress.pipeline.estimate import estimate
 
-    source = find_source(recipe.model.path, recipe.model.revision)
     with naming(source.name):
         source = replace(source, infos=translated(source.config, source.infos))
         architecture = architecture_of(source.config, source.infos.keys())
@@ -139,7 +144,7 @@ def plan(recipe: Recipe) -> Plan:
     check_source(source, architecture, source_specs)
     float_dtype = FLOAT_DTYPES.get(recipe.model.dtype) or stored_float_dtype(source)
     weights = _weights(source, architecture, source_specs)
-    steps = plan_steps(recipe.steps, weights, source_specs)
+    steps = plan_steps(recipe.steps, weights, source_specs, decisions)
     layers = _plan_layers(steps, architecture, weights, source, source_specs, float_dtype)
     specs = {**source_specs, **{name: layer.spec for name, layer in layers.items()}}
     format_, reason = _choose_format(recipe.output.format, specs, architecture)
@@ -148,7 +153,7 @@ def plan(recipe: Recipe) -> Plan:
     )
     total_before = sum(info.nbytes for info in source.infos.values())
     total_after = _bytes_after(source, architecture, source_specs, layers, float_dtype, untied)
-    warnings = [*_warnings(layers, format_, untied), *_kept(steps)]
+    warnings = [*_warnings(layers, format_, untied), *_kept(steps), *_unsettled(steps)]
     _check_data(recipe, source, architecture, steps)
     draft = Plan(
         recipe, source, architecture, (steps,), layers, source_specs, float_dtype, format_, reason, untied,
@@ -322,6 +327,17 @@ def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[
         if layer.bytes_after >= layer.bytes_before > 0
     ]
     return warnings
+
+
+def _unsettled(steps: tuple[StepPlan, ...]) -> list[str]:
+    """A line for each step that decides something from the whole model first."""
+    counts = [(step, sum(step.method.observes(config) for config in step.configs.values())) for step in steps]
+    return [
+        f"steps.{step.number}.{step.method.name} settles {count} layers once it has seen the whole model; until then each is "
+        f"planned with its share of the total"
+        for step, count in counts
+        if count
+    ]
 
 
 def _kept(steps: tuple[StepPlan, ...]) -> list[str]:

@@ -154,6 +154,9 @@ def _run_locked(
         if overwrite:
             discard(folder)
         journal = open_journal(folder, {**header, "calibration text": _fingerprint(batches)})
+    with meter.phase("observe"):
+        planned = _settle(planned, source, folder, journal, batches, machine, progress)
+    with meter.phase("compress"):
         note_files(folder, result_files(planned, source))
         details = _finished_details(planned, folder, journal, progress)
         if details is None:
@@ -186,6 +189,20 @@ def _finished_details(planned: Plan, folder: Path, journal: Journal, progress: P
         return None
     layers = {name: figures for entry in trusted.values() for name, figures in entry.layers.items()}
     return {"layers": layers, "activities": {}, "replayed_blocks": 0}
+
+
+def _settle(
+    planned: Plan, source: Path, folder: Path, journal: Journal, batches: list[Any], machine: Machine, progress: Progress
+) -> Plan:
+    """The plan with all settled that depends on the whole model."""
+    from compress.pipeline.observe import settle
+    from compress.pipeline.stage import Stage
+
+    def stage() -> Stage:
+        device, dtype = compute_place(planned, machine)
+        return Stage(planned, 0, source, folder, journal, batches, dtype, device, activation_limit(machine), progress)
+
+    return settle(planned, stage, source, folder / WORK_FOLDER, progress)
 
 
 def _compress(

@@ -121,7 +121,7 @@ class Stage:
         self.progress.begin("compress", architecture.n_blocks, "block")
         self._entry(finished.get(ENTRY))
         with self.watch("embed"):
-            hidden = self._embed_all()
+            hidden = self.embed_all()
             self.probe_hidden = self.model.embed(self.probe_ids)
             original = self._copy(hidden) if self.needs_original else None
         for index in range(architecture.n_blocks):
@@ -144,7 +144,7 @@ class Stage:
 
     # ---- hidden states
 
-    def _embed_all(self) -> HiddenStates:
+    def embed_all(self) -> HiddenStates:
         first = self.model.embed(self.batches[0])
         width = first.shape[-1]
         shapes = [(*ids.shape, width) for ids in self.batches]
@@ -159,7 +159,8 @@ class Stage:
             copied[batch] = hidden[batch]
         return copied
 
-    def _propagate(self, block: nn.Module, index: int, hidden: HiddenStates) -> None:
+    def propagate(self, block: nn.Module, index: int, hidden: HiddenStates) -> None:
+        """Run a whole block; `hidden` becomes its outputs."""
         for batch in range(len(hidden)):
             hidden[batch] = self.model.call_block(block, index, hidden[batch].to(self.device))
 
@@ -168,7 +169,7 @@ class Stage:
     def _compress_block(self, index: int, hidden: HiddenStates, original: HiddenStates | None) -> None:
         with self.watch("read"):
             block = self.model.load_block(index)
-        self._check_finite(index)
+        self.check_finite(index)
         unchanged = copy.deepcopy(block) if original is not None else None
         outcomes: dict[str, Outcome] = {}
         stream = None
@@ -216,12 +217,12 @@ class Stage:
                     self.model.skeleton.replace(name, self._running(name, outcome.module))
             if last:
                 with self.watch("forward"):
-                    self._propagate(block, index, hidden)
+                    self.propagate(block, index, hidden)
             return outcomes
-        places = {site.name: self._places(site, step) for site in sites}
+        places = {site.name: self.places(site, step) for site in sites}
         target = hidden if last else ReadOnly(hidden)
         with BlockPass(
-            block, _Call(self.model, index, hidden), target, places, self.scratch, self.device, stream
+            block, Call(self.model, index, hidden), target, places, self.scratch, self.device, stream
         ) as run:
             release_free_memory()
             with self.watch("forward"):
@@ -229,7 +230,7 @@ class Stage:
             for site in sites:
                 release_free_memory()
                 with self.watch("statistics"):
-                    statistics = self._gather(site, step, run)
+                    statistics = self.gather(site, step, run)
                 done = self._compress_site(site, step, statistics, before)
                 del statistics
                 names = [name for name in site.linears if name in step.configs]
@@ -244,7 +245,7 @@ class Stage:
                 run.finish()
         return outcomes
 
-    def _places(self, site: Site, step: StepPlan) -> list[Place]:
+    def places(self, site: Site, step: StepPlan) -> list[Place]:
         return [self._place(name) for name in site.linears if name in step.configs]
 
     def _place(self, name: str) -> Place:
@@ -258,14 +259,15 @@ class Stage:
             parent, attribute = place
             return unchanged.get_submodule(paths[id(parent)]), attribute
 
-        return OriginalStream(unchanged, _Call(self.model, index, original), original, twin, self.scratch, self.device)
+        return OriginalStream(unchanged, Call(self.model, index, original), original, twin, self.scratch, self.device)
 
-    def _gather(self, site: Site, step: StepPlan, run: BlockPass) -> SiteStatistics:
+    def gather(self, site: Site, step: StepPlan, run: BlockPass) -> SiteStatistics:
+        """The statistics that a step asks for, of the inputs that wait at `site`."""
         names = [name for name in site.linears if name in step.configs]
         requests = tuple(dict.fromkeys(r for n in names for r in step.method.statistics(step.configs[n])))
         width = self.plan.layers[names[0]].in_features
         n_tokens = sum(ids.numel() for ids in self.batches)
-        gatherer = gather(requests, width, n_tokens, self._generator(step, site.name, "statistics"))
+        gatherer = gather(requests, width, n_tokens, self.generator(step, site.name, "statistics"))
         for x, original in run.inputs(site.name):
             gatherer.add(x, original)
         return gatherer.result(f"{site.name} ({step.method.name})")
@@ -273,7 +275,7 @@ class Stage:
     def _compress_site(
         self, site: Site, step: StepPlan, statistics: SiteStatistics | None, before: dict[str, Outcome]
     ) -> dict[str, Outcome]:
-        targets = [self._target(name, site, before.get(name)) for name in site.linears if name in step.configs]
+        targets = [self.target(name, site, before.get(name)) for name in site.linears if name in step.configs]
         return self._compress_targets(site, step, targets, statistics)
 
     def _compress_targets(
@@ -286,7 +288,7 @@ class Stage:
                 targets,
                 statistics,
                 self.float_dtype,
-                lambda purpose: self._generator(step, site.name, purpose),
+                lambda purpose: self.generator(step, site.name, purpose),
             )
         for name, outcome in outcomes.items():
             planned = step.specs[name]
@@ -295,7 +297,7 @@ class Stage:
                 self.progress.note(f"{name}: {note}")
         return outcomes
 
-    def _target(self, name: str, site: Site, before: Outcome | None) -> Target:
+    def target(self, name: str, site: Site, before: Outcome | None) -> Target:
         module = self.model.skeleton.module(name)
         if isinstance(module, Gate):
             module = module.target
@@ -317,13 +319,13 @@ class Stage:
         running.hold(self.compute_dtype)
         return running
 
-    def _generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator:
+    def generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator:
         """Randomness that depends on the seed and the place only, so that a resumed run draws the same."""
         text = f"{self.plan.recipe.seed}/{self.number}/{step.number}/{site}/{purpose}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
         return torch.Generator().manual_seed(seed)
 
-    def _check_finite(self, index: int) -> None:
+    def check_finite(self, index: int) -> None:
         for name, (module, attribute) in self.model.skeleton.block_tensors(index).items():
             tensor = getattr(module, attribute)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -390,12 +392,12 @@ class Stage:
         with self.watch("replay"):
             if original is not None:
                 block = self.model.load_block(index)
-                self._propagate(block, index, original)
+                self.propagate(block, index, original)
                 self.model.unload_block(index)
             entry = self.journal.finished(self.number)[index]
             with CheckpointReader(self.out, read_header(self.out / entry.file)) as reader:
                 block = self.model.load_block(index, reader, self.plan.specs)
-            self._propagate(block, index, hidden)
+            self.propagate(block, index, hidden)
             self.probe_hidden = self.model.call_block(block, index, self.probe_hidden)
             self.model.unload_block(index)
 
@@ -456,16 +458,16 @@ class Stage:
             requests = step.method.statistics(step.configs[name])
             if hidden is not None and requests:
                 n_tokens = sum(ids.numel() for ids in self.batches)
-                gatherer = gather(requests, width, n_tokens, self._generator(step, site.name, "statistics"))
-                for x in self._normed(hidden):
+                gatherer = gather(requests, width, n_tokens, self.generator(step, site.name, "statistics"))
+                for x in self.normed(hidden):
                     gatherer.add(x)
                 statistics = gatherer.result(f"{name} ({step.method.name})")
-            target = self._outer_target(site, outcomes.get(name))
+            target = self.outer_target(site, outcomes.get(name))
             done = self._compress_targets(site, step, [target], statistics)
             outcomes |= {name: merged(outcomes.get(name), outcome) for name, outcome in done.items()}
         return outcomes
 
-    def _outer_target(self, site: Site, before: Outcome | None) -> Target:
+    def outer_target(self, site: Site, before: Outcome | None) -> Target:
         name, reader = site.linears[0], self.model.reader
         bias = reader.read(f"{name}.bias") if f"{name}.bias" in reader else None
         if before is not None:
@@ -492,12 +494,12 @@ class Stage:
     ) -> CompressedModule:
         return load_module(name, (specs or self.plan.specs)[name], reader, self.compute_dtype)
 
-    def _normed(self, hidden: HiddenStates) -> Iterator[Tensor]:
+    def normed(self, hidden: HiddenStates) -> Iterator[Tensor]:
         for batch in range(len(hidden)):
             yield self.model.final_norm(hidden[batch].to(self.device)).flatten(0, -2)
 
 
-class _Call:
+class Call:
     """Runs block `index` for a BlockPass."""
 
     def __init__(self, model: StreamedModel, index: int, hidden: HiddenStates):

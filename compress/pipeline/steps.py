@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from compress.methods.base import Kept, LayerShape, MethodConfig, SiteMethod
     from compress.recipe import Step
 
+Decisions = dict[
+    int, "dict[str, MethodConfig | Kept]"
+]  # of steps, by number: settled configurations (SiteMethod.observe)
 Weights = Mapping[str, "tuple[Site, LayerShape]"]  # every layer on disk: its site and shape
 
 
@@ -39,14 +42,25 @@ class StepPlan:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def plan_steps(steps: Sequence[Step], weights: Weights, source_specs: Mapping[str, ModuleSpec]) -> tuple[StepPlan, ...]:
-    """What every step does. Raises: RecipeError naming the step, the layer, the reason and a value that works."""
+def plan_steps(
+    steps: Sequence[Step],
+    weights: Weights,
+    source_specs: Mapping[str, ModuleSpec],
+    decisions: Decisions | None = None,
+) -> tuple[StepPlan, ...]:
+    """What every step does; `decisions` stand in place of the recipe's configurations.
+
+    Raises: RecipeError naming the step, the layer, the reason and a value that works.
+    """
     chosen = [_chosen(number, step, weights) for number, step in enumerate(steps)]
     current = dict(source_specs)
     planned = []
     for number, (method, configs) in enumerate(chosen):
         later = chosen[number + 1 :]
-        fitted = {name: method.fitted(config, _multiple(name, later)) for name, config in configs.items()}
+        fitted: dict[str, MethodConfig | Kept] = {
+            name: method.fitted(config, _multiple(name, later)) for name, config in configs.items()
+        }
+        fitted |= (decisions or {}).get(number, {})
         planned.append(_plan_step(number, method, fitted, weights, current))
         current.update(planned[-1].specs)
     return tuple(planned)
@@ -82,17 +96,18 @@ def _multiple(name: str, later: Sequence[tuple[type[SiteMethod], Mapping[str, Me
 def _plan_step(
     number: int,
     method: type[SiteMethod],
-    configs: Mapping[str, MethodConfig],
+    choices: Mapping[str, MethodConfig | Kept],
     weights: Weights,
     current: Mapping[str, ModuleSpec],
 ) -> StepPlan:
     from compress.methods.base import Kept
 
     where = f"steps.{number}.{method.name}"
+    kept = {name: choice.reason for name, choice in choices.items() if isinstance(choice, Kept)}
+    configs = {name: choice for name, choice in choices.items() if not isinstance(choice, Kept)}
     requests = {request for config in configs.values() for request in method.statistics(config)}
     needs_original = any(request.needs_original for request in requests)
     specs: dict[str, ModuleSpec] = {}
-    kept: dict[str, str] = {}
     for name, config in configs.items():
         site, shape = weights[name]
         if needs_original and site.expert is not None:
