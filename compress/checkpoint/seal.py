@@ -62,10 +62,12 @@ class Seal:
 
     def check_names(self, infos: Mapping[str, TensorInfo]) -> None:
         """Raises: CheckpointError naming a tensor that there is too much or too little of."""
-        for name in self.tensors.keys() ^ infos.keys():
-            where = infos[name].file if name in infos else self.folder
-            what = "was added after the export" if name in infos else "is in no file"
-            raise CheckpointError(f"{where}: tensor {name} {what}; fetch or export the model again")
+        for name in sorted(self.tensors.keys() - infos.keys()):
+            raise CheckpointError(f"{self.folder}: tensor {name} is in no file; fetch or export the model again")
+        for name in sorted(infos.keys() - self.tensors.keys()):
+            raise CheckpointError(
+                f"{infos[name].file}: tensor {name} was added after the export; fetch or export the model again"
+            )
 
     def check(self, info: TensorInfo, checksum: Checksum) -> None:
         """Raises: CheckpointError naming file and tensor if the checksum is another."""

@@ -6,7 +6,7 @@ import difflib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +35,7 @@ class Model:
     architecture: Architecture
     specs: Mapping[str, ModuleSpec]
     reader: CheckpointReader
+    _fitting: dict[tuple[str, str], bool] = field(default_factory=dict)
 
     @cached_property
     def dtype(self) -> str:
@@ -48,6 +49,14 @@ class Model:
         """The dtype in which a module's floats are stored; that of the model if it has none."""
         floats = [suffix for suffix, (dtype, _) in self.specs[name].tensors("FLOAT").items() if dtype == "FLOAT"]
         return self.reader.info(f"{name}.{floats[0]}").dtype if floats else self.dtype
+
+    def fits(self, name: str, dtype: str) -> bool:
+        """Whether a module's scales are the same in `dtype`; they are read for it."""
+        stored = self.float_dtype(name)
+        if stored != dtype and (name, dtype) not in self._fitting:
+            scale = self.reader.read(f"{name}.weight_scale")
+            self._fitting[name, dtype] = torch.equal(scale.to(TORCH_DTYPES[dtype]).to(scale.dtype), scale)
+        return stored == dtype or self._fitting[name, dtype]
 
     def module(self, name: str, dtype: str | None = None) -> CompressedModule:
         """A module with its tensors; its floats as they are stored, or in `dtype`."""
