@@ -46,6 +46,7 @@ def compare(folder: Path, options: argparse.Namespace, scratch: Path) -> int:
     commands = both(folder, options)
     environment = {**threads_environment(options.threads), "PYTHONPATH": str(ROOT), "LMEVAL_LOG_LEVEL": "ERROR"}
     walls: dict[str, list[float]] = {name: [] for name in commands}
+    cpu: dict[str, list[float]] = {name: [] for name in commands}
     peaks: dict[str, int] = dict.fromkeys(commands, 0)
     answers: dict[str, dict[tuple[str, int], Any]] = {}
     for number in range(options.rounds):
@@ -55,6 +56,7 @@ def compare(folder: Path, options: argparse.Namespace, scratch: Path) -> int:
             place.mkdir()
             found = measure(command, place / "output.txt", environment)
             walls[name].append(found.wall_s)
+            cpu[name].append(found.cpu_s)
             peaks[name] = max(peaks[name], found.peak_anonymous_bytes)
             answers[name] = read_answers(place / "results")
             print(f"round {number + 1}: {name} {found.wall_s:.1f} s", file=sys.stderr)
@@ -65,10 +67,12 @@ def compare(folder: Path, options: argparse.Namespace, scratch: Path) -> int:
         f"{folder.name}, {options.dtype}, {options.limit} questions of each of {len(TASKS)} tasks, batch size "
         f"{options.batch_size}, {options.threads} threads, {options.rounds} rounds; commit {commit()}; {machine()}\n"
     )
-    print("| command | median s | all s | peak memory MiB |\n|--|--:|--|--:|")
+    print("| command | median wall s | all wall s | median CPU s | peak memory MiB |\n|--|--:|--|--:|--:|")
     for name in commands:
         rounds = ", ".join(f"{wall:.1f}" for wall in walls[name])
-        print(f"| {name} | {median(walls[name]):.1f} | {rounds} | {peaks[name] / 2**20:.0f} |")
+        print(
+            f"| {name} | {median(walls[name]):.1f} | {rounds} | {median(cpu[name]):.1f} | {peaks[name] / 2**20:.0f} |"
+        )
     same = len(theirs) - len(different)
     print(f"\nquestions answered alike: {same} of {len(theirs)}; compress / lm-eval: {ratio:.2f}")
     return int(bool(different) or len(ours) != len(theirs) or ratio > ALLOWED)

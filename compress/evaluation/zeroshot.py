@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.source import Source, find_source
 from compress.errors import CheckpointError, CompressError, NumericsError, RecipeError
 from compress.evaluation.harness.tasks import SEEDS, LoadedTasks, Seeds, load_tasks, reason
+from compress.evaluation.processes import processes
 from compress.pipeline.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -112,15 +113,21 @@ def evaluate_tasks_of_run(
     return {**reported, "comparison": found["comparison"]}
 
 
-def check_tasks(settings: Evaluation, model: Source, progress: Progress) -> None:
+def check_tasks(settings: Evaluation, model: Source, progress: Progress, trust_remote_code: bool) -> None:
     """Load the tasks of a recipe, before hours are spent on what they are to measure. Raises: RecipeError."""
     wanted = TaskSettings.of_recipe(settings)
-    harness = _Harness(wanted, None, progress, trust_remote_code=False)
+    harness = _Harness(wanted, None, progress, trust_remote_code)
     harness.load(model.name)
-    if wanted.apply_chat_template and model.folder is not None:
-        from compress.calibration.data import load_tokenizer
+    if wanted.apply_chat_template:
+        from transformers import AutoTokenizer
 
-        check_template(load_tokenizer(model.folder), model.name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(model.folder or model.name), revision=model.revision, trust_remote_code=trust_remote_code
+            )
+        except Exception:  # what is wrong with its files is said when they are fetched
+            return
+        check_template(tokenizer, model.name)
 
 
 def check_template(tokenizer: Any, name: str) -> None:
@@ -212,13 +219,15 @@ class _Harness:
         from compress.evaluation.harness.surroundings import surroundings
         from compress.pipeline.run import compute_device
 
-        device = compute_device(self.machine)
-        accelerator = self._accelerator = self._accelerator or join_processes(cpu=device.type == "cpu")
-        device = device if accelerator is None else accelerator.device
+        if self._accelerator is None and processes() > 1:
+            cpu = self.machine.device == "cpu" or not torch.cuda.is_available()
+            self._accelerator = join_processes(cpu)
+        accelerator = self._accelerator
+        device = compute_device(self.machine) if accelerator is None else accelerator.device
         self._warn_of_memory(source, device)
         with surroundings(self.progress, Path(source.name).name) as phases:
             phases.begin("load", 1, "model")
-            folder = source.fetch()
+            folder = source.fetch(self.progress.note)
             tokenizer = load_tokenizer(folder, trust_remote_code=self.trust_remote_code)
             if self.settings.apply_chat_template:
                 check_template(tokenizer, source.name)
@@ -232,8 +241,7 @@ class _Harness:
         try:
             yield model
         finally:
-            model.__dict__.pop("_model", None)
-            del model
+            model._model = model.pretrained = None  # all that refers to it
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

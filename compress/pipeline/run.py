@@ -122,7 +122,7 @@ def _check_tasks(planned: Plan, progress: Progress) -> None:
     if wanted and wanted.tasks:
         from compress.evaluation.zeroshot import check_tasks
 
-        check_tasks(wanted, planned.source, progress)
+        check_tasks(wanted, planned.source, progress, planned.recipe.model.trust_remote_code)
 
 
 def _push(planned: Plan, folder: Path, progress: Progress) -> Pushed | None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,24 @@ def test_a_compressed_model_is_set_beside_its_original(packed: Path, original: P
     assert row["same_choice"] == sum(a == b for a, b in zip(*choices, strict=True)) / N_QUESTIONS
     group = next(row for row in found["comparison"] if row["task"] == "both")
     assert group["questions"] == N_QUESTIONS + 7
+
+
+def test_of_two_models_one_is_in_memory_at_a_time(
+    original: Path, packed: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress.checkpoint import load as loading
+
+    whole, loaded = loading.load, []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        assert all(earlier() is None for earlier in loaded)
+        model = whole(*arguments, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loading, "load", load)
+    evaluate_tasks(packed, settings(tasks, "first", "written", limit=2), reference=original)
+    assert len(loaded) == 2
 
 
 def test_a_model_is_no_different_from_itself(original: Path, tasks: Path) -> None:

@@ -21,7 +21,6 @@ from lm_eval.models.huggingface import HFLM
 from compress import __version__
 from compress.errors import CheckpointError
 from compress.evaluation.harness.surroundings import Phases
-from compress.evaluation.processes import processes
 
 if TYPE_CHECKING:
     import torch
@@ -180,9 +179,7 @@ def cache_file(cache: Path, model: LanguageModel) -> str:
 
 
 def join_processes(cpu: bool) -> Any:
-    """The accelerator of this process if there are several, else None."""
-    if processes() == 1:
-        return None
+    """The accelerator of this process, one of several."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=FOREVER)])
