@@ -35,6 +35,9 @@ PATH = re.compile(
     r"(?<![\w/:.<])(?:~|/(?:home|Users|root|tmp|mnt|media|data|work|var|opt|srv|scratch|private|workspace))"
     r"(?:/[^\s/'\",;:)<>`]+)+"
 )
+NEEDED = ("layers", "format", "format_reason", "symmetric", "base", "bits_per_weight", "files") + tuple(
+    f"bytes_{what}" for what in ("before", "after", "total_before", "total_after")
+)  # of a report, for the card
 NAME_KEYS = ("_name_or_path", "name_or_path")
 
 
@@ -90,8 +93,10 @@ def read_result(folder: Path) -> Result:
     with naming(folder):
         modules_of(config, infos)
     report = read_json(folder / REPORT) if (folder / REPORT).is_file() else None
-    if report is not None and not isinstance(report.get("layers"), list):
-        raise CheckpointError(f"{folder / REPORT}: not the report of a run; make the result again with --overwrite")
+    if report is not None and not (set(NEEDED) <= set(report) and isinstance(report["layers"], list)):
+        raise CheckpointError(
+            f"{folder / REPORT}: not the report of a run of this version; make the result again with --overwrite"
+        )
     weights = tuple(file.name for file in weight_files(folder))
     listed = (report or {}).get("files", {})
     for name, size in listed.items():

@@ -33,6 +33,7 @@ NEUTRAL = (
     "README.md",
     "LICENSE*",
 )  # what a repository may hold before there is a model
+KEPT = "what has gone up is kept: the same command goes on"
 PIECE = 2**20
 
 
@@ -102,7 +103,7 @@ def push(
         made = publication(
             result, target.repo, base=base, base_fields=fields, figure=_figure(result), notes=tuple(said)
         )
-        check_name(target, made, result, overwrite)
+        check_name(target, made, result, overwrite, token)
         removed = stale(target, made)
         if target.files is not None and target.private != private:
             notes.append(
@@ -145,7 +146,8 @@ def look(repo: str, revision: str | None, token: str | None, private: bool, unkn
     except Exception as error:
         if unknown is None or not (is_unreachable(error) or isinstance(error, errors.LocalTokenNotFoundError)):
             raise
-        unknown.append(f"{_why(error)}: what the repository holds now is not known")
+        why = _why(error).removesuffix(f"; {KEPT}")
+        unknown.append(f"what the repository holds now is not known: {why}")
         return Target(repo if "/" in repo else f"YOU/{repo}", branch, private)
     try:
         info = api.model_info(full, timeout=TIMEOUT)
@@ -188,11 +190,11 @@ def ask_base(base: str | None, token: str | None) -> tuple[dict[str, Any] | None
         return None, said
 
 
-def check_name(target: Target, made: Publication, result: Result, overwrite: bool) -> None:
+def check_name(target: Target, made: Publication, result: Result, overwrite: bool, token: str | None) -> None:
     """Raises: RecipeError if the repository holds another model: neither part of this one nor an earlier result from its base."""
     if overwrite or not _model_files(target):
         return
-    if other_model(target, made.base, None, result.report) and not _part_of(target, made):
+    if other_model(target, made.base, token, result.report) and not _part_of(target, made):
         raise name_taken(target)
 
 
@@ -364,6 +366,6 @@ def _why(error: BaseException) -> str:
             return "somebody else changes it at this moment; give the same command again"
         return refusal(error)
     if is_unreachable(error) and isinstance(error, Exception):
-        return f"{unreachable(error)}; what has gone up is kept: the same command goes on"
+        return f"{unreachable(error)}; {KEPT}"
     said = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {said}; what has gone up is kept: the same command goes on"
+    return f"{type(error).__name__}: {said}; {KEPT}"

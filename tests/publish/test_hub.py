@@ -281,6 +281,7 @@ def test_who_may_not(
 def test_a_token_that_is_given_wins(hub: HubServer, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert pushed(finished, token="hf_alice").created
+    assert not pushed(finished, token="hf_alice").created
 
 
 @pytest.mark.parametrize("kind", ["refused", "offline"])
@@ -330,6 +331,7 @@ def test_a_mirror_without_xet(alice: HubServer, finished: Path, monkeypatch: pyt
         (lambda folder: cut(sorted(folder.glob("*.safetensors"))[1]), "truncated"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json: is missing or was changed"),
         (lambda folder: (folder / "compress_report.json").write_text("{"), r"compress_report\.json: not JSON"),
+        (lambda folder: (folder / "compress_report.json").write_text("{}"), "not the report of a run of this version"),
         (lambda folder: shutil.rmtree(folder), "no such folder"),
     ],
 )
@@ -420,6 +422,26 @@ def test_a_card_that_the_hub_does_not_take(alice: HubServer, result: Path) -> No
     (result / "README.md").write_text("---\nlicense: [a, b]\n---\n# mine\n")
     with pytest.raises(CheckpointError, match=r"Invalid metadata in README\.md\. - \"license\" must be a string"):
         pushed(result)
+
+
+def test_an_export(alice: HubServer, finished: Path, tmp_path: Path) -> None:
+    import compress
+
+    gptq = tmp_path / "tiny-gptq"
+    compress.export(finished, "gptq", gptq)
+    done = push(gptq, "alice/tiny-gptq")
+    card = card_on(alice, "alice/tiny-gptq")
+    assert 'GPTQModel.load("alice/tiny-gptq")' in card
+    assert "FOLDER_OR_ID" not in card
+    assert front_matter(card)["license"] == "other"
+    assert {"quantize_config.json", "compress_export.json", "recipe.yaml"} <= set(done.files)
+    for name, content in contents(alice, "alice/tiny-gptq").items():
+        assert str(tmp_path).encode() not in content, name
+        assert str(finished.parent).encode() not in content, name
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(load("alice/tiny-gptq")(ids).logits, load(gptq)(ids).logits)
+    assert not push(gptq, "alice/tiny-gptq").created  # again is an update
 
 
 # --- from a recipe ---
