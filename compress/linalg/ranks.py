@@ -111,19 +111,17 @@ def lorap_ranks(
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layer's ranks to choose from: what each costs, and how much the step up to it is worth.
+    """What one layer can become: what each choice costs, and how much the step up to it is worth.
 
     Attributes:
-        ranks: rising; the first is the least that the layer can have.
-        costs: bytes at each rank.
-        scores: of the step to each rank from the one before, falling from the second on (the first step is always taken).
-        dense_cost: bytes of the layer as it is.
+        ranks: rising; the first is the least that the layer can have, the last is None: dense.
+        costs: bytes of each, rising.
+        scores: of the step to each from the one before, falling from the second on (the first step is always taken).
     """
 
-    ranks: Sequence[int]
+    ranks: Sequence[int | None]
     costs: Sequence[int]
     scores: Sequence[float]
-    dense_cost: int
 
 
 def candidate(
@@ -137,7 +135,10 @@ def candidate(
     dense_bytes: int | None = None,
     importance: float = 1.0,
 ) -> Candidate:
-    """A layer as `spend` takes it.
+    """A layer as `spend` takes it: ranks while they are cheaper than the dense layer, then that.
+
+    The last step, to dense, has the score of the rank that would come next: past the break-even all the directions that
+    are left cost less than one more of them.
 
     Args:
         energies: its spectrum, [min(out, in)].
@@ -147,65 +148,62 @@ def candidate(
         importance: times the scores of rule "loss".
     """
     values = _spectrum(energies)
-    ranks = np.arange(multiple, max(len(values) // multiple, 1) * multiple + 1, multiple)
     bytes_at = bytes_at or (lambda rank: 2 * rank * (out_features + in_features))
+    dense_bytes = 2 * out_features * in_features if dense_bytes is None else dense_bytes
+    ranks = np.arange(multiple, max(len(values) // multiple, 1) * multiple + 1, multiple)
     costs = [bytes_at(int(rank)) for rank in ranks]
-    last = np.minimum(ranks, len(values)) - 1  # index of the last direction of a step
+    scores = _scores(values, np.minimum(ranks, len(values)), np.diff(costs, prepend=0), rule)
+    if rule == "uniform":
+        scores *= (out_features + in_features) / (out_features * in_features)
     if rule == "loss":
-        kept = np.cumsum(values) / max(values.sum(), np.finfo(float).tiny)
-        scores = importance * np.diff(kept[last], prepend=0.0) / np.diff(costs, prepend=0)
-    elif rule == "heavy_tail":
-        scores = heavy_tail(values)[last]
-    elif rule == "energy":
-        scores = (np.cumsum(values[::-1])[::-1] / max(values.sum(), np.finfo(float).tiny))[last]
-    elif rule == "effective_rank":
-        scores = -ranks / max(effective_rank(values), 1e-9)
-    else:
-        scores = -ranks * (out_features + in_features) / (out_features * in_features)
-    dense = 2 * out_features * in_features if dense_bytes is None else dense_bytes
-    return Candidate(ranks.tolist(), costs, scores.tolist(), dense)
+        scores *= importance
+    n_cheaper = sum(cost < dense_bytes for cost in costs)
+    last = scores[n_cheaper] if n_cheaper < len(scores) else scores[-1]
+    return Candidate(
+        [*ranks[:n_cheaper].tolist(), None],
+        [*costs[:n_cheaper], dense_bytes],
+        [*scores[:n_cheaper].tolist(), float(last)],
+    )
+
+
+def _scores(values: Array, ranks: NDArray[np.int64], costs: NDArray[np.int64], rule: Rule) -> Array:
+    """Of the step to each of `ranks` from the one before, which costs `costs`."""
+    total = max(float(values.sum()), np.finfo(float).tiny)
+    if rule == "loss":
+        return np.diff(np.cumsum(values)[ranks - 1] / total, prepend=0.0) / costs
+    if rule == "heavy_tail":
+        return heavy_tail(values)[ranks - 1]
+    if rule == "energy":
+        return np.cumsum(values[::-1])[::-1][ranks - 1] / total
+    if rule == "effective_rank":
+        return -ranks / max(effective_rank(values), 1e-9)
+    return -ranks.astype(np.float64)
 
 
 def spend(layers: Sequence[Candidate], budget: int) -> list[int | None]:
     """A rank for each layer, None where it stays dense, by falling scores, so that all together take at most `budget` bytes.
 
-    Every layer has its first rank. Steps are then taken by score, over all layers, while they fit; equal scores in turn.
-    A layer that has come to cost as much as a dense one becomes dense, and what that frees is spent on the others: the
-    sweep starts anew without it.
+    Every layer has its first choice. Steps are then taken by score, over all layers, while they fit; equal scores in turn.
 
-    Raises: RecipeError if the first ranks (or dense layers, where cheaper) take more than `budget`.
+    Raises: RecipeError if the first choices take more than `budget`.
     """
-    least = sum(min(layer.costs[0], layer.dense_cost) for layer in layers)
-    if least > budget:
+    at = [0] * len(layers)
+    left = budget - sum(layer.costs[0] for layer in layers)
+    if left < 0:
         raise RecipeError(
-            f"a budget of {budget:,} bytes cannot be met: the least ranks of {len(layers)} layers take {least:,}; raise the "
-            f"budget, or leave layers out"
+            f"a budget of {budget:,} bytes cannot be met: the least ranks of {len(layers)} layers take {budget - left:,}; "
+            f"raise the budget, or leave layers out"
         )
-    dense = {i for i, layer in enumerate(layers) if layer.dense_cost <= layer.costs[0]}
-    while True:
-        steps = _sweep(layers, budget - sum(layers[i].dense_cost for i in dense), dense)
-        more = {i for i, step in steps.items() if layers[i].costs[step] >= layers[i].dense_cost}
-        if not more:
-            return [None if i in dense else layer.ranks[steps[i]] for i, layer in enumerate(layers)]
-        dense |= more
-
-
-def _sweep(layers: Sequence[Candidate], budget: int, without: set[int]) -> dict[int, int]:
-    """Layer -> index into its ranks, by falling scores while steps fit into `budget`."""
-    at = {i: 0 for i in range(len(layers)) if i not in without}
-    left = budget - sum(layers[i].costs[0] for i in at)
-    steps = [(-layers[i].scores[step], step, i) for i in at for step in range(1, len(layers[i].ranks))]
+    steps = [(-layer.scores[step], step, i) for i, layer in enumerate(layers) for step in range(1, len(layer.ranks))]
     full: set[int] = set()  # their next step did not fit
     for _, step, i in sorted(steps):
         cost = layers[i].costs[step] - layers[i].costs[step - 1]
-        if i in full:
-            continue
-        if cost > left:
+        if i in full or cost > left:
             full.add(i)
             continue
         left -= cost
         at[i] = step
-    return at
+    return [layer.ranks[step] for layer, step in zip(layers, at, strict=True)]
 
 
 def choose(choices: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[int]:

@@ -23,8 +23,9 @@ the best right factor for U_k, and the left one follows from it, on the inputs t
 A layer whose factors would be no smaller than it is stays dense.
 
 Departures from the public code: no inverse, no Cholesky factor of H; ranks follow each matrix's own shape (grouped keys
-and values); H comes from the compressed stream, in one pass; `left` is U_k up to a power of two instead of U_k sqrt(Sigma),
-so that a later step that rounds `right` minimises the error of the outputs.
+and values); H comes from the compressed stream, in one pass; `left` is U_k, its columns mixed among each other, up to a
+power of two, instead of U_k sqrt(Sigma): a later step that rounds `right` then minimises the error of the outputs, and
+one that rounds `left` has correlated inputs to feed errors back to (compress/linalg/low_rank.py, `mixing`).
 
 Sources: ASVD, Yuan et al., 2023, arXiv:2312.05821; LoRAP, Li et al., 2024, arXiv:2404.09695; SVD-LLM, Wang et al., 2024,
 arXiv:2403.07378.
