@@ -4,6 +4,7 @@
     compress.plan(recipe)            what that would do: bytes, memory, time
     compress.load(folder)            any checkpoint, compressed or not, as a transformers model
     compress.evaluate(model, …)      perplexity and fidelity
+    compress.evaluate_tasks(model, tasks)   benchmarks of lm-eval
     compress.export(folder, format)  a compressed checkpoint in the formats of servers and other libraries
     compress.push(folder, repo)      publish a result on the Hub, with a model card
 
@@ -21,6 +22,7 @@ from compress.checkpoint.registration import install as _install
 if TYPE_CHECKING:
     from compress.checkpoint.load import load as load
     from compress.evaluation.evaluate import evaluate as evaluate
+    from compress.evaluation.zeroshot import evaluate_tasks as evaluate_tasks
     from compress.export.run import export as export
     from compress.pipeline.plan import plan as plan
     from compress.pipeline.run import run as run
@@ -33,10 +35,11 @@ _API = {  # name -> where it lives
     "plan": "compress.pipeline.plan:plan",
     "load": "compress.checkpoint.load:load",
     "evaluate": "compress.evaluation.evaluate:evaluate",
+    "evaluate_tasks": "compress.evaluation.zeroshot:evaluate_tasks",
     "export": "compress.export",  # the package itself can be called
     "push": "compress.publish.hub:push",
 }
-__all__ = ["__version__", "evaluate", "export", "load", "plan", "push", "run"]
+__all__ = ["__version__", "evaluate", "evaluate_tasks", "export", "load", "plan", "push", "run"]
 
 
 def __getattr__(name: str) -> Any:
