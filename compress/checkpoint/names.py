@@ -60,6 +60,15 @@ def expressions(names: Collection[str], among: Collection[str]) -> list[str]:
     return sorted(found)
 
 
+def owner(tensor: str, modules: Collection[str]) -> str | None:
+    """The one among `modules` that a tensor belongs to, directly or through a leaf of it; None if there is none."""
+    name = tensor
+    while name := name.rpartition(".")[0]:
+        if name in modules:
+            return name
+    return None
+
+
 def _merged(names: Collection[str]) -> list[tuple[Part, ...]]:
     keys: set[tuple[Part, ...]] = {
         tuple(frozenset([int(part)]) if _is_number(part) else part for part in name.split(".")) for name in names

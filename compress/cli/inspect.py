@@ -127,9 +127,11 @@ def modules_in(
     source: Source, architecture: Architecture | None, specs: dict[str, ModuleSpec], methods: dict[str, str]
 ) -> dict[str, Module]:
     """Every module that owns tensors, by its name on disk, in the order of the model."""
+    from compress.checkpoint.names import owner
+
     owned: dict[str, list[TensorInfo]] = {}
     for name, info in source.infos.items():
-        owned.setdefault(name.rpartition(".")[0] or name, []).append(info)
+        owned.setdefault(owner(name, specs) or name.rpartition(".")[0] or name, []).append(info)
     prefixes = {prefix: i for i, prefix in enumerate(architecture.blocks)} if architecture else {}
     modules: dict[str, Module] = {}
     for name, infos in owned.items():

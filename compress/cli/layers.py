@@ -35,6 +35,8 @@ def describe(spec: ModuleSpec) -> str:
     for field in fields(spec):
         value = getattr(spec, field.name)
         usual = field.default is not MISSING and value == field.default
-        if field.name not in ("in_features", "out_features") and not usual:
+        if isinstance(value, ModuleSpec):
+            said.append(f"{field.name}=({describe(value)})")
+        elif field.name not in ("in_features", "out_features") and not usual:
             said.append(f"{field.name}={str(value).lower() if isinstance(value, bool) else value}")
     return " ".join(said)

@@ -12,6 +12,7 @@ from typing import Any
 
 from compress.checkpoint.description import modules_of
 from compress.checkpoint.headers import TensorInfo
+from compress.checkpoint.names import owner
 from compress.checkpoint.source import Source
 from compress.models.architecture import Architecture
 from compress.models.families import architecture_of, is_ignored
@@ -53,8 +54,8 @@ class Sizes:
         head = self.architecture.head.linears[0] if self.architecture.tied else None
         total = sum(spec.nbytes(dtype) for spec in self.specs.values())
         for name, info in infos.items():
-            owner, _, suffix = name.rpartition(".")
-            if is_ignored(name) or owner == head or (owner in self.specs and suffix != "bias"):
+            module = owner(name, self.specs)
+            if is_ignored(name) or owner(name, [head or ""]) or (module and name != f"{module}.bias"):
                 continue
             total += prod(info.shape) * DTYPE_BYTES[dtype if info.dtype in FLOATS else info.dtype]
         return total
@@ -70,7 +71,7 @@ def _layers(infos: dict[str, TensorInfo], specs: dict[str, ModuleSpec], architec
     block_of = {site.name: i for i in range(architecture.n_blocks) for site in architecture.sites(i)}
     stored: dict[str, list[TensorInfo]] = {}
     for name, info in infos.items():
-        stored.setdefault(name.rpartition(".")[0], []).append(info)
+        stored.setdefault(owner(name, specs) or name.rpartition(".")[0], []).append(info)
     layers = {}
     for site in architecture.all_sites():
         for name in site.linears:

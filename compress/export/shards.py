@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.checkpoint.names import owner
 from compress.checkpoint.seal import Checksum
 from compress.checkpoint.writer import Stored, from_source, from_tensor, write_json, write_safetensors
 from compress.export.formats import Format, Model
@@ -39,15 +40,16 @@ def parts_of(model: Model, format_: Format, converted: Callable[[str], None]) ->
     for name in model.specs:
         owned[name] = _module_tensors(model, format_, name, converted)
     for tensor in model.reader.infos:
-        owner, _, suffix = tensor.rpartition(".")
-        if (owner in model.specs and suffix != "bias") or is_ignored(tensor):
+        module, _, suffix = tensor.rpartition(".")
+        inside = owner(tensor, model.specs)
+        if (inside is not None and tensor != f"{inside}.bias") or is_ignored(tensor):
             continue
-        owned.setdefault(owner, {})[_name(model, format_, owner, suffix)] = from_source(model.reader, tensor)
+        owned.setdefault(module, {})[_name(model, format_, module, suffix)] = from_source(model.reader, tensor)
     return [Part(tensors) for _, tensors in sorted(owned.items(), key=lambda item: _in_order(model, item[0]))]
 
 
-def _name(model: Model, format_: Format, owner: str, suffix: str) -> str:
-    return f"{model.full_name(owner) if format_.full_names else owner}.{suffix}"
+def _name(model: Model, format_: Format, module: str, suffix: str) -> str:
+    return f"{model.full_name(module) if format_.full_names else module}.{suffix}"
 
 
 def _in_order(model: Model, name: str) -> tuple[int, str]:

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.names import owner
 from compress.checkpoint.source import SHIPPED
 from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
 from compress.modules.spec import DTYPE_BYTES
@@ -59,7 +60,7 @@ def _block_parameters(plan: Plan) -> list[int]:
             sum(
                 prod(info.shape)
                 for name, info in plan.source.infos.items()
-                if name.startswith(inside) and name.rpartition(".")[0] not in plan.source_specs
+                if name.startswith(inside) and owner(name, plan.source_specs) is None
             )
             + sum(s.in_features * s.out_features for name, s in plan.source_specs.items() if name.startswith(inside))
         )

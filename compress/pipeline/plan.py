@@ -6,7 +6,6 @@ come out as predicted.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.description import modules_of, standard_holds
 from compress.checkpoint.foreign import translated
 from compress.checkpoint.headers import TensorInfo
-from compress.checkpoint.names import compact
+from compress.checkpoint.names import compact, owner
 from compress.checkpoint.source import Source, find_source, tokenizer_size
 from compress.errors import CheckpointError, RecipeError, naming
 from compress.models.architecture import Architecture, Site
@@ -299,15 +298,6 @@ def stored_bytes(info: TensorInfo, float_dtype: str) -> int:
     """Bytes of a tensor that is kept, floats in the dtype of the result."""
     is_float = info.dtype in ("F64", "F32", "F16", "BF16")
     return prod(info.shape) * DTYPE_BYTES[float_dtype if is_float else info.dtype]
-
-
-def owner(tensor_name: str, modules: Collection[str]) -> str | None:
-    """The one among `modules` that a tensor belongs to, directly or through a leaf of it; None if there is none."""
-    name = tensor_name
-    while name := name.rpartition(".")[0]:
-        if name in modules:
-            return name
-    return None
 
 
 def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[str]:

@@ -26,6 +26,7 @@ from compress.calibration.capture import BlockPass, Gate, OriginalStream, Place
 from compress.calibration.statistics import SiteStatistics, gather
 from compress.calibration.store import Allowance, HiddenStates, ReadOnly
 from compress.checkpoint.headers import read_header
+from compress.checkpoint.names import owner
 from compress.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from compress.checkpoint.stream import StreamedModel, load_module, rebuild_module, tensors_in
 from compress.checkpoint.writer import Stored, finite_chunks, from_source, from_tensor, write_safetensors
@@ -36,7 +37,7 @@ from compress.models.families import module_name
 from compress.modules.base import CompressedModule
 from compress.pipeline.journal import BlockEntry, Journal, sha256_of
 from compress.pipeline.meter import Stopwatch, release_free_memory
-from compress.pipeline.plan import OWN, Plan, owner
+from compress.pipeline.plan import OWN, Plan
 from compress.pipeline.progress import Progress
 from compress.pipeline.steps import StepPlan
 from compress.pipeline.targets import Target, compress_targets, merged
