@@ -382,7 +382,8 @@ def test_the_card_of_a_base_on_the_hub(alice: HubServer, model: Path, text: Path
 
 def test_a_base_that_is_named(alice: HubServer, finished: Path) -> None:
     alice.add(BASE, {"README.md": b"---\nlicense: mit\n---\n"})
-    pushed(finished, base_model=BASE)
+    pushed(finished)
+    assert not pushed(finished, base_model=BASE).created
     fields = front_matter(card_on(alice))
     assert (fields["base_model"], fields["license"]) == (BASE, "mit")
     assert yaml.safe_load(contents(alice)["recipe.yaml"])["model"]["path"] == BASE
