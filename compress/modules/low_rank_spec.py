@@ -80,6 +80,7 @@ class LowRankSpec(ModuleSpec):
             if described is None:
                 continue
             if not isinstance(described, dict) or described.get("representation") == cls.representation:
-                raise CheckpointError(f"{where}: {name}={described!r:.100} is not how a factor can be stored")
+                kind = "a low_rank module" if isinstance(described, dict) else f"a {type(described).__name__}"
+                raise CheckpointError(f"{where}: {name}: {kind} is not how a factor can be stored")
             read[name] = spec_from_dict(described, f"{where}: {name}")
         return cls(**read)
