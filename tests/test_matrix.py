@@ -44,6 +44,15 @@ CASES = [
     Case("with_head", [{"gptq": {"bits": 4, "group_size": 32}, "layers": ["*_proj", "lm_head"]}], model="llama"),
     Case("conv1d", [{"gptq": {"bits": 4, "group_size": 32}}], model="gpt2"),
     Case("experts", [{"gptq": {"bits": 4, "group_size": 32}}], model="mixtral"),
+    Case("svd", [{"svd": {"keep_ratio": 0.7}}], [{"svd": {"keep_ratio": 0.9}}]),
+    Case("svd_refit", [{"svd": {"keep_ratio": 0.7, "refit": 0.5}}]),
+    Case("svd_conv1d_head", [{"svd": {"keep_ratio": 0.8}, "layers": ["*.c_*", "lm_head"]}], model="gpt2"),
+    Case("svd_experts", [{"svd": {"keep_ratio": 0.8}}], model="mixtral"),
+    Case(
+        "svd_then_gptq",
+        [{"svd": {"keep_ratio": 0.8}, "layers": ["*_proj", "lm_head"]}, {"gptq": {"bits": 4, "group_size": 8}}],
+        model="llama",
+    ),
 ]
 
 
@@ -75,9 +84,7 @@ def test_size_reported_is_size_on_disk(case: Case, runs: Any) -> None:
 
     infos = read_headers(result.folder)
     for layer in result.report["layers"]:
-        stored = [
-            i.nbytes for n, i in infos.items() if n.rpartition(".")[0] == layer["name"] and not n.endswith(".bias")
-        ]
+        stored = [i.nbytes for n, i in infos.items() if n.startswith(f"{layer['name']}.") and not n.endswith(".bias")]
         assert sum(stored) == layer["bytes_after"] == result.plan.layers[layer["name"]].spec.nbytes("F32")
     assert sum(i.nbytes for i in infos.values()) == result.plan.bytes_total_after
     assert result.report["bytes_on_disk_weights"] == sum(f.stat().st_size for f in result.folder.glob("*.safetensors"))
