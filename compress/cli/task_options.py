@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from compress.errors import RecipeError
 
@@ -14,6 +17,73 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULTS = {"dtype": "auto"}  # the others' are nothing
 N_SEEDS = 4  # python, numpy, torch, few-shot
+
+
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        metavar="NAME,…",
+        help="run these benchmarks of lm-eval, or YAML files of tasks, instead of perplexity; with --data (or another "
+        "option of the text) perplexity as well; `compress tasks` lists the names (repeatable)",
+    ),
+]
+NumFewshot = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot",
+        min=0,
+        help="solved examples in front of each question  [default: as the task says]",
+        show_default=False,
+    ),
+]
+Limit = Annotated[
+    float | None,
+    typer.Option(
+        "--limit", help="so many questions of each task; below 1 a share of them  [default: all]", show_default=False
+    ),
+]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N|auto",
+        help="requests of tasks that run together  [default: auto on a GPU, 8 on a CPU]",
+        show_default=False,
+    ),
+]
+ChatTemplate = Annotated[
+    bool, typer.Option("--apply-chat-template", help="put the questions of tasks as messages of a chat")
+]
+TaskSeed = Annotated[
+    str | None,
+    typer.Option(
+        "--seed",
+        metavar="N|N,N,N,N",
+        help="of tasks: one, or those of python, numpy, torch, few-shot; `none` leaves one unset  [default: 0,1234,1234,1234]",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="of the arithmetic of tasks: auto (as in the checkpoint), float32, bfloat16, float16"),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="DIR", help="keep the answers to tasks there; an interrupted evaluation goes on"),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", metavar="DIR|FILE.json", help="save the results of tasks there, as lm-eval does (--output_path)"
+    ),
+]
+LogSamples = Annotated[
+    bool, typer.Option("--log-samples", help="save each question and answer beside the results of --output")
+]
+UnsafeCode = Annotated[
+    bool, typer.Option("--confirm-run-unsafe-code", help="run tasks that execute what the model writes")
+]
 
 
 def task_settings(tasks: Sequence[str] | None, given: dict[str, Any]) -> TaskSettings | None:
