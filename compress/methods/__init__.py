@@ -16,6 +16,7 @@ METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
     "gptq": "compress.methods.gptq:GPTQ",
     "svd": "compress.methods.svd:SVD",
+    "cur": "compress.methods.cur:CUR",
 }
 
 ENTRY_POINTS = "compress.methods"  # the group in which an outside package names its methods

@@ -73,6 +73,7 @@ class ModuleSpec(ABC):
 SPECS = {  # representation -> where its spec lives
     "quantized": "compress.modules.quantized_spec:QuantizedSpec",
     "low_rank": "compress.modules.low_rank_spec:LowRankSpec",
+    "cur": "compress.modules.cur_spec:CURSpec",
 }
 ENTRY_POINTS = "compress.representations"
 
