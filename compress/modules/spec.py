@@ -74,6 +74,7 @@ SPECS = {  # representation -> where its spec lives
     "quantized": "compress.modules.quantized_spec:QuantizedSpec",
     "low_rank": "compress.modules.low_rank_spec:LowRankSpec",
     "cur": "compress.modules.cur_spec:CURSpec",
+    "remapped_low_rank": "compress.modules.remapped_spec:RemappedSpec",
 }
 ENTRY_POINTS = "compress.representations"
 
