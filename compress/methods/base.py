@@ -88,6 +88,19 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How large a whole model is that a method looks at, and what it runs it on. `shapes`: of the layers to be settled."""
+
+    n_weights: int
+    n_blocks: int
+    hidden_size: int
+    vocab_size: int
+    n_tokens: int
+    batch_tokens: int
+    shapes: tuple[LayerShape, ...]
+
+
 class View(ABC):
     """The model before the run, for a method that decides something for all layers together (`SiteMethod.observe`).
 
@@ -120,6 +133,10 @@ class View(ABC):
     @abstractmethod
     def place(self, model: nn.Module, name: str) -> tuple[nn.Module, str]:
         """The parent of layer `name` in `model`, and the layer's attribute there."""
+
+    @abstractmethod
+    def block_modules(self, model: nn.Module) -> list[nn.Module]:
+        """The decoder blocks of `model`, in order."""
 
     @abstractmethod
     def generator(self, purpose: str) -> torch.Generator:
@@ -190,8 +207,8 @@ class SiteMethod(ABC):
         return cls.flops(shapes, config)
 
     @classmethod
-    def observation_bytes(cls, n_weights: int, n_tokens: int, config: Any) -> int:
-        """Peak bytes of `observe` beyond those of a pass: of a whole model with `n_weights`, if it looks at one."""
+    def observation_bytes(cls, extent: Extent, config: Any) -> int:
+        """Peak bytes of `observe` beyond those of a pass: of the whole model, if it looks at it."""
         return 0
 
     @classmethod

@@ -123,9 +123,19 @@ def _outside_bytes(plan: Plan, tokens: int) -> int:
 
 def _observation_bytes(plan: Plan, tokens: int) -> int:
     """Of methods that look at the whole model at once."""
+    from compress.methods.base import Extent, LayerShape
+
+    architecture, calibration = plan.architecture, plan.recipe.calibration
     n_weights = sum(prod(info.shape) for info in plan.source.infos.values())
-    observing = {(step.method, config) for stage in plan.stages for step in stage for config in _observing(step)}
-    return max((method.observation_bytes(n_weights, tokens, config) for method, config in observing), default=0)
+    batch_tokens = min(tokens, calibration.rows_per_batch * calibration.length)
+    sizes = (n_weights, architecture.n_blocks, architecture.hidden_size, architecture.vocab_size, tokens, batch_tokens)
+    peak = 0
+    for step in (step for stage in plan.stages for step in stage):
+        layers = [plan.layers[name] for name, config in step.configs.items() if step.method.observes(config)]
+        shapes = tuple(LayerShape(layer.name, layer.out_features, layer.in_features) for layer in layers)
+        for config in _observing(step):
+            peak = max(peak, step.method.observation_bytes(Extent(*sizes, shapes), config))
+    return peak
 
 
 def _observing(step: StepPlan) -> set[Any]:

@@ -228,6 +228,10 @@ class StageView(View):
                 f"skip the experts"
             ) from None
 
+    def block_modules(self, model: nn.Module) -> list[nn.Module]:
+        architecture = self._plan.architecture
+        return [model.get_submodule(module_name(architecture, block)) for block in architecture.blocks]
+
     def generator(self, purpose: str) -> torch.Generator:
         return self._stage.generator(self._step, "observe", purpose)
 
