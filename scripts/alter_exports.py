@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the package and the tests' tiny models, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package and the tests' tiny models
 
-from compress.errors import CompressError  # noqa: E402
+from compress.errors import CompressError
 
 FORMATS = ("gptq", "awq", "compressed-tensors", "dense")
 WEIGHTS = "model.safetensors"
@@ -86,13 +85,12 @@ def alter(work: Path, n: int, seed: int) -> list[Outcome]:
 def make(work: Path, format_: str) -> Path:
     """A tiny Llama with biases and a tied head, 4 bits in groups of 16, exported."""
     import compress
-    from tests.checkpoint.folders import quantize_folder
-    from tests.tiny_models import byte_tokenizer, save_tiny
 
+    tiny, folders = (importlib.import_module(f"tests.{name}") for name in ("tiny_models", "checkpoint.folders"))
     if not (work / "model").exists():
-        source = save_tiny("llama_gqa_tied", work / "source", tokenizer=False)
-        quantize_folder(source, work / "model", dtype=torch.bfloat16)
-        byte_tokenizer().save_pretrained(work / "model")
+        source = tiny.save_tiny("llama_gqa_tied", work / "source", tokenizer=False)
+        folders.quantize_folder(source, work / "model", dtype=torch.bfloat16)
+        tiny.byte_tokenizer().save_pretrained(work / "model")
     compress.export(work / "model", format_, work / format_)
     return work / format_
 
