@@ -188,9 +188,9 @@ class _CrossMoment(Accumulator):
         self.total = torch.zeros(in_features, in_features, dtype=dtype)
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        assert original is not None
         self.total = self.total.to(x.device)
-        self.total.add_((original - x).T @ x)
+        if original is not None:
+            self.total.add_((original - x).T @ x)
 
     def result(self) -> Tensor:
         return self.total
@@ -257,7 +257,10 @@ class StatisticsGatherer:
         self.n_tokens = 0
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """x: [tokens, in_features] in any float dtype; `original` has the same tokens in the original model."""
+        """x: [tokens, in_features] in any float dtype; `original` has the same tokens in the original model.
+
+        None where nothing is compressed yet (`SiteMethod.observe`): they are x itself.
+        """
         x = x.float()
         original = None if original is None else original.float()
         self.n_tokens += x.shape[0]

@@ -83,8 +83,9 @@ class CURSpec(ModuleSpec):
             described = read.get(name)
             if described is None:
                 continue
-            if not isinstance(described, dict) or _has_leaves(described.get("representation")):
-                raise CheckpointError(f"{where}: {name}={described!r:.100} is not how a factor can be stored")
+            kind = described.get("representation") if isinstance(described, dict) else type(described).__name__
+            if not isinstance(described, dict) or _has_leaves(kind):
+                raise CheckpointError(f"{where}: {name}={kind!r} is not how a factor can be stored")
             read[name] = spec_from_dict(described, f"{where}: {name}")
         return cls(**read)
 
