@@ -1,8 +1,8 @@
 """Each export format under the loaders of others: the largest difference of a logit to ours, weights bit for bit.
 
-Five models are compressed and exported to every format that holds them. Each folder is loaded by those who read its
-format, in bfloat16, and its logits are compared with those of `compress.load` of the *source* in bfloat16. GPTQModel is
-also asked for the weights as it decodes them.
+Six models are compressed and exported to every format that holds them. Each folder is loaded by those who read its
+format, in bfloat16, and its logits are compared with those of `compress.load`. GPTQModel is also asked for the weights as it
+decodes them. What the export itself changed is seen with our loader alone: source and export, in float32.
 
     python -m venv gptqm && gptqm/bin/pip install gptqmodel==7.6.0 torch==2.13.0 optimum==2.3.0
     python scripts/bench_export.py --gptqmodel-python gptqm/bin/python --stories ../shared/models/stories3M
@@ -44,12 +44,13 @@ ROWS, LENGTH = 2, 64
 
 @dataclass(frozen=True)
 class Loader:
-    """Somebody else's loader: its interpreter, the script that runs in it, and what it reads."""
+    """Somebody else's loader: its interpreter, the script that runs in it, what it reads, and GPTQModel's kernel."""
 
     name: str
     python: Path
     script: str
     formats: tuple[str, ...]
+    backend: str = ""
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Cell:
     equal_layers: int | None = None
     layers: int = 0
     said: str = ""
+    kernels: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.difference is None:
@@ -92,13 +94,16 @@ def bench(
 ) -> tuple[dict[str, dict[tuple[str, str], Cell]], dict[str, Any]]:
     loaders = [Loader("transformers", Path(sys.executable), "transformers_logits.py", ("compressed-tensors", "dense"))]
     if gptqmodel is not None:
-        loaders.append(Loader("GPTQModel", gptqmodel, "gptqmodel_logits.py", ("gptq", "awq")))
+        loaders.append(Loader("GPTQModel, torch kernel", gptqmodel, "gptqmodel_logits.py", ("gptq", "awq"), "TORCH"))
+        loaders.append(Loader("GPTQModel, its choice", gptqmodel, "gptqmodel_logits.py", ("gptq", "awq"), "AUTO"))
         loaders.append(Loader("transformers + optimum", gptqmodel, "transformers_logits.py", ("gptq", "awq")))
     sources = dict(models(work, stories))
     table: dict[str, dict[tuple[str, str], Cell]] = {name: {} for name in sources}
     for name, source in sources.items():
         for format_ in FORMATS:
-            said = "" if export(source, format_) else "not held"
+            held = export(source, format_)
+            said = "" if held else "not held"
+            table[name][format_, "ours"] = changed(source, format_) if held else Cell(said=said)
             for loader in loaders:
                 if format_ in loader.formats:
                     table[name][format_, loader.name] = Cell(said=said)
@@ -166,7 +171,7 @@ def ask(
 ) -> dict[str, str]:
     """Let a loader load all it reads, in one process; fill its cells. Returns: versions."""
     jobs: list[dict[str, Any]] = []
-    cells: list[tuple[Path, Cell]] = []
+    cells: list[Cell] = []
     for name, source in sources.items():
         for (format_, loader_name), cell in table[name].items():
             if loader_name == loader.name and not cell.said:
@@ -176,10 +181,12 @@ def ask(
                     "out": f"{source}-{format_}-{loader.script}.safetensors",
                     "dtype": DTYPE,
                 }
-                if "gptqmodel" in loader.script:
-                    job["backend"] = f"{format_.upper()}_TORCH"
+                if loader.backend:
+                    job["backend"] = f"{format_.upper()}_TORCH" if loader.backend == "TORCH" else loader.backend
+                elif format_ == "compressed-tensors":
+                    job["dequantize"] = "asymmetric" in name  # without it stock transformers refuses the zero points
                 jobs.append(job)
-                cells.append((source, cell))
+                cells.append(cell)
     (work / "jobs.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
     environment.pop("PYTHONPATH", None)
@@ -190,11 +197,12 @@ def ask(
     answers = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     if len(answers) != len(jobs):
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
-    for job, answer, (source, cell) in zip(jobs, answers, cells, strict=True):
+    for job, answer, cell in zip(jobs, answers, cells, strict=True):
         if "error" in answer:
             cell.said = answer["error"]
         else:
-            compare(source, Path(job["out"]), cell)
+            cell.kernels = tuple(answer["kernels"])
+            compare(Path(job["folder"]), Path(job["out"]), cell)
     return json.loads(next(line[9:] for line in done.stdout.splitlines() if line.startswith("VERSIONS ")))
 
 
@@ -203,11 +211,23 @@ def rows(source: Path) -> list[list[int]]:
     return torch.randint(0, vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def compare(source: Path, file: Path, cell: Cell) -> None:
+def changed(source: Path, format_: str) -> Cell:
+    """The export beside the source, both under our loader, in float32."""
+    left, right = (
+        logits(compress.load(folder, dtype="float32"), source) for folder in (source, Path(f"{source}-{format_}"))
+    )
+    return Cell((left - right).abs().max().item(), left.abs().max().item())
+
+
+@torch.no_grad()
+def logits(model: Any, folder: Path) -> torch.Tensor:
+    return model(torch.tensor(rows(folder))).logits.float()
+
+
+def compare(folder: Path, file: Path, cell: Cell) -> None:
     """Their logits and weights beside ours."""
-    model = compress.load(source, dtype=DTYPE)
-    with torch.no_grad():
-        ours = model(torch.tensor(rows(source))).logits.float()
+    model = compress.load(folder, dtype=DTYPE)
+    ours = logits(model, folder)
     found = load_file(file)
     cell.difference = (found["logits"] - ours).abs().max().item()
     cell.largest = ours.abs().max().item()

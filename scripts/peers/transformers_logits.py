@@ -17,17 +17,17 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 PACKAGES = ("transformers", "compressed-tensors", "optimum", "gptqmodel", "torch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=Path, required=True, help="JSON: [{folder, rows, out, dtype}, …]")
+    parser.add_argument("--jobs", type=Path, required=True, help="JSON: [{folder, rows, out, dtype, dequantize?}, …]")
     for job in json.loads(parser.parse_args().jobs.read_text()):
         try:
-            answer = run(job["folder"], job["rows"], job["out"], job["dtype"])
+            answer = run(**job)
         except Exception as error:  # a folder that it refuses is an answer, not the end
             answer = {"error": f"{type(error).__name__}: {error}"}
         print("ANSWER " + json.dumps(answer), flush=True)
@@ -35,8 +35,9 @@ def main() -> None:
     print("VERSIONS " + json.dumps({name: v for name in PACKAGES if (v := installed(name))}), flush=True)
 
 
-def run(folder: str, rows: list[list[int]], out: str, dtype: str) -> dict[str, object]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+def run(folder: str, rows: list[list[int]], out: str, dtype: str, dequantize: bool = False) -> dict[str, object]:
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(rows), use_cache=False).logits
     save_file({"logits": logits.float().contiguous()}, out)
