@@ -109,4 +109,6 @@ def refuse_unfinished(model: str) -> None:
     from compress.pipeline.journal import WORK_FOLDER
 
     if (folder / WORK_FOLDER).is_dir():
-        raise CheckpointError(f"{folder}: an unfinished run; give its compress run command again to finish it")
+        journal = (folder / WORK_FOLDER / "journal.jsonl").exists()
+        what = "an unfinished run" if journal else "an unfinished run or export"
+        raise CheckpointError(f"{folder}: {what}; give its compress command again to finish it")
