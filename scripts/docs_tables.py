@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(<!-- generated: (\w+)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 SCHEMA = ROOT / "docs" / "recipe.schema.json"
+REPORT_SCHEMA = ROOT / "docs" / "report.schema.json"
 
 
 def main() -> int:
@@ -39,7 +40,7 @@ def current() -> dict[Path, str]:
     """Every generated file, and every page with its generated parts, as the code wants them."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     found = {page: PART.sub(_part, page.read_text(encoding="utf-8")) for page in pages}
-    return {**found, SCHEMA: schema()}
+    return {**found, SCHEMA: schema(), REPORT_SCHEMA: report_schema()}
 
 
 def _part(match: re.Match[str]) -> str:
@@ -51,6 +52,13 @@ def _part(match: re.Match[str]) -> str:
 def schema() -> str:
     """The JSON schema of recipes, for editors."""
     from compress.recipe_schema import json_schema
+
+    return json.dumps(json_schema(), indent=1) + "\n"
+
+
+def report_schema() -> str:
+    """The JSON schema of reports."""
+    from compress.report.schema import json_schema
 
     return json.dumps(json_schema(), indent=1) + "\n"
 

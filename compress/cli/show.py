@@ -17,6 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.cli.signals import Ended
+from compress.report.numbers import digits as digits
+from compress.report.numbers import human_bytes as human_bytes
+from compress.report.numbers import human_time as human_time
+from compress.report.numbers import percent as percent
 
 PIPE_WIDTH = 200  # columns of a table that goes to a file or another program: nothing may be cut
 FEW = 10  # notes that are printed one by one
@@ -104,39 +108,6 @@ def pairs(rows: Iterable[tuple[str, str]]) -> Table:
     for key, value in rows:
         made.add_row(Text(key), Text(value))
     return made
-
-
-def human_bytes(n: float) -> str:
-    """ "7.88 MiB": three digits, units of 1024."""
-    size, unit = float(n), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1000 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} B" if unit == "B" else f"{digits(size)} {unit}"
-
-
-def digits(value: float) -> str:
-    """Three digits: 0.123, 1.23, 12.3, 123."""
-    magnitude = abs(value)
-    return f"{value:.{2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0}f}"
-
-
-def human_time(seconds: float) -> str:
-    """ "0.28 s", "84 s", "12:05 min", "3:07:10 h"."""
-    if seconds < 9.95:
-        return f"{seconds:.2f} s" if seconds < 0.95 else f"{seconds:.1f} s"
-    if seconds < 119.5:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d} h"
-
-
-def percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "–"
 
 
 def once_each(messages: Iterable[str]) -> list[str]:
