@@ -5,9 +5,9 @@
 
 One run is not disturbed; its CPU time is the range from which moments are drawn, one from each of as many equal parts as
 there are kills, so that they lie all over it, start and evaluation included, however busy the machine is. A third of the
-runs are killed three times. SIGKILL goes to `python -m compress run` itself. All files but compress_report.json, which
-holds timings, must come out byte for byte, and once config.json is there, which makes a folder a model, every other file
-must be whole. Exits with 1 at any difference. The code must not change meanwhile: run it in a clone of its own.
+runs are killed three times. SIGKILL goes to `python -m compress run` itself. All files but compress_report.json and
+its page, which hold timings, must come out byte for byte, and once config.json is there, which makes a folder a model, every
+other file must be whole. Exits with 1 at any difference. The code must not change meanwhile: run it in a clone of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORT = "compress_report.json"
+REPORT, PAGE = "compress_report.json", "compress_report.html"
 SHORT = ["calibration.samples=32", "evaluation.max_tokens=20000"]
 POLL_SECONDS = 0.003
 KILLS_OF_A_RUN = (1, 1, 3)  # runs in turn
@@ -76,7 +76,7 @@ def killed_after(seconds: float, out: Path, full: bool, log: Path) -> bool:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    files = [f for f in folder.rglob("*") if f.is_file() and f.name != REPORT]
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name not in (REPORT, PAGE)]
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
 
 

@@ -22,9 +22,9 @@ def recipe_for(folder: Path, steps: list[dict[str, Any]], text: Path, **fields: 
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """Checksums of all files but the report, which holds timings."""
+    """Checksums of all files but the report and its page, which hold timings."""
     return {
         f.name: hashlib.sha256(f.read_bytes()).hexdigest()
         for f in sorted(folder.iterdir())
-        if f.is_file() and f.name != "compress_report.json"
+        if f.is_file() and f.name not in ("compress_report.json", "compress_report.html")
     }

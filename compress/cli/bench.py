@@ -169,10 +169,6 @@ def speed_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _speed(speed: dict[str, Any]) -> str:
-    return f"{_count(speed['tokens_per_second'])} [{_count(speed['min'])}–{_count(speed['max'])}]"
+    from compress.report.numbers import rate
 
-
-def _count(value: float) -> str:
-    from compress.cli.show import digits
-
-    return f"{value:,.0f}" if value >= 100 else digits(value)
+    return f"{rate(speed['tokens_per_second'])} [{rate(speed['min'])}–{rate(speed['max'])}]"

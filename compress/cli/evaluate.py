@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,7 @@ from compress.cli.options import (
     parse_size,
     refuse_unfinished,
 )
+from compress.cli.report import check_page
 from compress.cli.task_options import (
     BatchSize,
     Cache,
@@ -75,6 +76,17 @@ Stride = Annotated[
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="use the head of the text only")]
 
 
+Speed = Annotated[
+    bool,
+    typer.Option(
+        "--speed", help="also tokens per second and memory, each model whole in memory, as compress bench has it"
+    ),
+]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="also write what was found as a page to look at")
+]
+
+
 def evaluate(
     model: ModelFolder,
     reference: Reference = None,
@@ -85,6 +97,8 @@ def evaluate(
     length: Length = None,
     stride: Stride = None,
     max_tokens: MaxTokens = None,
+    speed: Speed = False,
+    html: Html = None,
     tasks: Tasks = None,
     include_path: IncludePath = None,
     num_fewshot: NumFewshot = None,
@@ -128,6 +142,8 @@ def evaluate(
     )  # fmt: skip
     for folder in filter(None, (model, reference)):
         refuse_unfinished(folder)
+    if html is not None:
+        check_page(html)
     from compress.cli.progress import Display
     from compress.cli.show import print_json
     from compress.evaluation.processes import is_main_process
@@ -142,9 +158,13 @@ def evaluate(
         if not is_main_process():
             return
         found = _perplexity(model, reference, settings, machine, display, places) if settings else {}
+        if speed:
+            found["speed"] = _speed(model, reference, machine, display, places)
+    if html is not None:
+        _write_page(model, reference, places, found, scores, html)
     if output is not None:
         _save(scores, output, log_samples)
-    print_json(_for_programs(found, scores, log_samples)) if as_json else _print(found, scores)
+    print_json(_for_programs(found, scores, log_samples)) if as_json else print_evaluation(found, scores)
 
 
 def _checked(text: dict[str, Any]) -> Evaluation:
@@ -163,6 +183,37 @@ def _perplexity(
 
     with _flags_named():
         return measure(model, reference=reference, settings=settings, machine=machine, progress=display, **places)
+
+
+def _speed(
+    model: str, reference: str | None, machine: Machine, display: Display, places: dict[str, Any]
+) -> dict[str, Any]:
+    from compress.evaluation.speed import measure_speed
+
+    return measure_speed(model, reference=reference, machine=machine, progress=display, **places)
+
+
+def _write_page(
+    model: str, reference: str | None, places: dict[str, Any], found: dict[str, Any], scores: dict[str, Any], html: Path
+) -> None:
+    from compress.cli.show import note
+    from compress.report.write import write_page
+
+    tasks = {"tasks": scores} if scores else {}
+    framed = found if "kind" in found else {**_framed(model, reference, places["revision"]), **found}
+    write_page({**framed, **tasks}, html)
+    note(f"page: {html}")
+
+
+def _framed(model: str, reference: str | None, revision: str | None) -> dict[str, Any]:
+    """What a report without perplexity begins with."""
+    from compress.checkpoint.source import find_source
+    from compress.evaluation.size import sizes
+    from compress.report.frame import frame
+
+    size = sizes(find_source(model, revision), find_source(reference) if reference is not None else None)
+    beside = {} if reference is None else {"reference": {"path": reference}}
+    return {**frame("evaluation"), "model": {"path": model}, **beside, "size": size}
 
 
 def _run_tasks(
@@ -238,34 +289,53 @@ def _settings(given: dict[str, Any]) -> Evaluation:
         raise RecipeError(f"evaluation.{one_line(error, Evaluation)}") from None
 
 
-def _print(found: dict[str, Any], scores: dict[str, Any]) -> None:
+def print_evaluation(found: dict[str, Any], scores: dict[str, Any]) -> None:
+    """Tables on stdout, an empty line between them. `scores`: of tasks."""
+    from compress.cli.bench import show_speed
     from compress.cli.scores import comparison_table, scores_table
     from compress.cli.show import out, show
 
-    if found:
-        _print_perplexity(found)
-    if found and scores:
-        out("")
+    parts: list[Callable[[], None]] = []
+    if "text" in found:
+        parts.append(lambda: _print_perplexity(found))
+    if "speed" in found:
+        parts.append(lambda: show_speed(found["speed"]))
     if scores:
-        show(comparison_table(scores) if "comparison" in scores else scores_table(scores["model"]))
+        parts.append(
+            lambda: show(comparison_table(scores) if "comparison" in scores else scores_table(scores["model"]))
+        )
+    for number, part in enumerate(parts):
+        if number:
+            out("")
+        part()
 
 
 def _print_perplexity(found: dict[str, Any]) -> None:
-    from compress.cli.show import out, pairs, show, table
+    from compress.cli.blocks import block_rows, block_table
+    from compress.cli.show import human_bytes, out, pairs, show, table
     from compress.cli.summary import described, fidelity_rows
 
     rows = []
     for role in ("reference", "model"):
         if role in found:
-            scores = found[role]
+            scores, size = found[role], found["size"][role]
             rows.append((
-                scores["path"], f"{scores['perplexity']:.4f}", f"{scores['nll_per_token']:.5f}", f"{scores['bits_per_byte']:.5f}"
+                scores["path"], f"{scores['perplexity']:.4f}", f"{scores['nll_per_token']:.5f}",
+                f"{scores['bits_per_byte']:.5f}", human_bytes(size["bytes_tensors"]), human_bytes(size["bytes_in_memory"]),
             ))  # fmt: skip
-    show(table(("model", ">perplexity per token", ">nats per token", ">bits per byte"), rows))
+    columns = (">perplexity per token", ">nats per token", ">bits per byte", ">weights", ">in memory")
+    show(table(("model", *columns), rows))
     out("")
     text = found["text"]
     measured = [
         ("measured on", described(found)),
         ("text", f"{text['text_bytes']:,} bytes, {text['text_tokens']:,} tokens"),
     ]
-    show(pairs([*fidelity_rows(found["fidelity"]), *measured] if "fidelity" in found else measured))
+    if "fidelity" not in found:
+        show(pairs(measured))
+        return
+    show(pairs([*fidelity_rows(found["fidelity"]), *block_rows(found["hidden_states"]), *measured]))
+    by_block = block_table(found["hidden_states"])
+    if by_block is not None:
+        out("")
+        show(by_block)

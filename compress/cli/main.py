@@ -30,6 +30,7 @@ from compress.cli.options import State
 from compress.cli.plan import plan
 from compress.cli.push import push
 from compress.cli.recipes import recipes
+from compress.cli.report import report
 from compress.cli.run import run
 from compress.cli.signals import Ended, raised
 from compress.cli.tasks import tasks
@@ -48,6 +49,7 @@ app.command(short_help="compress a checkpoint and measure the result")(run)
 app.command(short_help="what a run would do: layers, bytes, memory, time")(plan)
 app.command("eval", short_help="perplexity, fidelity to the original, and benchmarks")(evaluate)
 app.command(short_help="the benchmarks that eval knows")(tasks)
+app.command(short_help="the report of a result again, and its page")(report)
 app.command(short_help="tokens per second and memory, beside the original")(bench)
 app.command(short_help="let a model go on from a prompt")(generate)
 app.command(short_help="talk with a model")(chat)

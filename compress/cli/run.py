@@ -90,11 +90,11 @@ def run(
             raise
     if as_json:
         pushed = {} if result.pushed is None else {"pushed": asdict(result.pushed)}
-        notes = {"already_finished": result.already_finished, "notes": display.notes}
-        print_json({**result.report, **notes, **pushed})
+        again = {"already_finished": result.already_finished, "evaluated_again": result.evaluated_again}
+        print_json({**result.report, **again, "notes": display.notes, **pushed})
         display.repeat_notes()
         return
-    print_report(result.report, folder, result.already_finished, display.notes)
+    print_report(result.report, folder, result.already_finished, display.notes, result.evaluated_again)
     if result.pushed is not None:
         from compress.cli.push import print_pushed
 

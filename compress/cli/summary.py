@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.cli.bench import described_machine
+from compress.cli.blocks import block_rows
 from compress.cli.scores import task_rows
 from compress.cli.show import (
     human_bytes,
@@ -19,14 +21,23 @@ from compress.cli.show import (
     show,
     table,
 )
-from compress.pipeline.run import REPORT
+from compress.pipeline.output import PAGE, REPORT
+from compress.report.numbers import rate
 
 PROMPT = "It was a dark night"
 
 
-def print_report(report: dict[str, Any], folder: Path, already_finished: bool, notes: Sequence[str]) -> None:
+def print_report(
+    report: dict[str, Any],
+    folder: Path,
+    already_finished: bool,
+    notes: Sequence[str],
+    evaluated_again: bool = False,
+) -> None:
     """Print the report of a run on stdout; warnings and notes once more on stderr."""
-    if already_finished:
+    if evaluated_again:
+        out(f"{folder} was complete already: only measured again, as the recipe now says. Its new report:\n")
+    elif already_finished:
         out(f"{folder} was complete already: nothing was done. Its report:\n")
     show(table(("", ">before", ">after", ">after / before", ""), [*_sizes(report), *_quality(report)]))
     out("")
@@ -47,6 +58,9 @@ def _sizes(report: dict[str, Any]) -> list[tuple[str, ...]]:
         rows.append(("all files", *_change(report["bytes_on_disk_source"], report["bytes_on_disk_all"]), n_files))
     else:
         rows.append(("all files", "–", human_bytes(report["bytes_on_disk_all"]), "–", "as counted on disk"))
+    if "size" in report:
+        theirs, ours = (report["size"][role]["bytes_in_memory"] for role in ("reference", "model"))
+        rows.append(("in memory", *_change(theirs, ours), "weights, when loaded"))
     return rows
 
 
@@ -65,7 +79,18 @@ def _quality(report: dict[str, Any]) -> list[tuple[str, ...]]:
         ("bits_per_byte", "bits per byte of text", ""),
     ):
         rows.append((name, f"{before[key]:.4f}", f"{after[key]:.4f}", percent(after[key], before[key]), where))
+    if "speed" in evaluation:
+        rows += _speed(evaluation["speed"])
     return [*rows, *(task_rows(evaluation["tasks"]) if "tasks" in evaluation else ())]
+
+
+def _speed(speed: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for phase in ("prefill", "decode"):
+        theirs, ours = (rate(speed[role][phase]["tokens_per_second"]) for role in ("reference", "model"))
+        where = described_machine(speed["machine"]) if phase == "prefill" else ""
+        rows.append((f"{phase}, tokens/s", theirs, ours, f"{100 * speed['ratio'][phase]:.1f} %", where))
+    return rows
 
 
 def described(evaluation: dict[str, Any]) -> str:
@@ -81,7 +106,10 @@ def described(evaluation: dict[str, Any]) -> str:
 
 def _fidelity(report: dict[str, Any]) -> list[tuple[str, str]]:
     fidelity = report["evaluation"].get("fidelity") if report["evaluation"] else None
-    return fidelity_rows(fidelity) if fidelity else []
+    if not fidelity:
+        return []
+    blocks = report["evaluation"].get("hidden_states")
+    return [*fidelity_rows(fidelity), *(block_rows(blocks) if blocks else ())]
 
 
 def fidelity_rows(fidelity: dict[str, float]) -> list[tuple[str, str]]:
@@ -109,7 +137,7 @@ def _costs(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _places(report: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     return [
         ("format", f"{report['format']}: {report['format_reason']}"),
-        ("report", str(folder / REPORT)),
+        ("report", str(folder / REPORT) + (f", as a page: {PAGE}" if (folder / PAGE).is_file() else "")),
         ("result", str(folder)),
         ("try next", shlex.join(["compress", "generate", str(folder), "--prompt", PROMPT])),
     ]

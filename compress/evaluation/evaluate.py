@@ -18,8 +18,11 @@ from compress.checkpoint.stream import StreamedModel
 from compress.errors import CheckpointError, RecipeError
 from compress.evaluation.blocks import not_comparable, obstacle, run_in_step
 from compress.evaluation.fidelity import compare, score
+from compress.evaluation.size import sizes
+from compress.evaluation.speed import measure_speed
 from compress.evaluation.windows import Windows, cut_windows
 from compress.pipeline.progress import Progress, Silent
+from compress.report.frame import frame
 
 if TYPE_CHECKING:
     from compress.pipeline.plan import Plan
@@ -46,18 +49,25 @@ def evaluate(
         model, reference: folders or Hub ids, original or compressed; they must share a tokenizer.
         settings: the text and the windows; by default the shipped held-out text.
 
-    Returns: a dictionary for JSON: "text", "model", and with a reference "reference" and "fidelity".
+    Returns: a dictionary for JSON (docs/report.schema.json): "text", "model", "size", with a reference also "reference",
+        "fidelity" and "hidden_states", and "speed" if `settings` ask for it.
     Raises: RecipeError, CheckpointError, NumericsError with the remedy.
     """
     from compress.pipeline.run import Machine, compute_device
     from compress.recipe import Evaluation
 
     settings, machine, progress = settings or Evaluation(), machine or Machine(), progress or Silent()
-    folder = find_source(str(model), revision).fetch()
-    reference_folder = None if reference is None else find_source(str(reference)).fetch()
+    source = find_source(str(model), revision)
+    other = None if reference is None else find_source(str(reference))
+    folder, reference_folder = source.fetch(), None if other is None else other.fetch()
     device, dtype = compute_device(machine), torch.float32
     run = _Evaluation(settings, machine, progress, device, dtype, trust_remote_code)
-    return run(folder, reference_folder)
+    found = {**frame("evaluation"), **run(folder, reference_folder), "size": sizes(source, other)}
+    if settings.speed:
+        found["speed"] = measure_speed(
+            folder, reference=reference_folder, machine=machine, progress=progress, trust_remote_code=trust_remote_code
+        )
+    return found
 
 
 def evaluate_run(plan: Plan, source: Path, out: Path, machine: Machine, progress: Progress) -> dict[str, Any]:
@@ -72,6 +82,10 @@ def evaluate_run(plan: Plan, source: Path, out: Path, machine: Machine, progress
     with_original = run(out, source if settings.reference else None)
     if not settings.reference:
         with_original["reference"] = run(source, None)["model"]
+    if settings.speed:
+        with_original["speed"] = measure_speed(
+            out, reference=source, machine=machine, progress=progress, trust_remote_code=remote_code
+        )
     if settings.tasks:
         from compress.evaluation.zeroshot import evaluate_tasks_of_run
 

@@ -13,10 +13,12 @@ from typing import Any
 from compress.checkpoint.description import modules_of
 from compress.checkpoint.headers import TensorInfo
 from compress.checkpoint.names import owner
+from compress.checkpoint.result import REPORT
 from compress.checkpoint.source import Source
 from compress.models.architecture import Architecture
 from compress.models.families import architecture_of, is_ignored
 from compress.modules.spec import DTYPE_BYTES, ModuleSpec
+from compress.report import PAGE
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 NAMED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -45,8 +47,9 @@ class Sizes:
 
     def to_dict(self) -> dict[str, int | None]:
         folder = self.source.folder
-        files = None if folder is None else sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
-        return {"bytes_on_disk": files, "bytes_tensors": self.tensors, "bytes_in_memory": self.in_memory()}
+        files = [f for f in folder.iterdir() if f.is_file() and f.name not in (REPORT, PAGE)] if folder else []
+        on_disk = sum(f.stat().st_size for f in files) if folder else None
+        return {"bytes_on_disk": on_disk, "bytes_tensors": self.tensors, "bytes_in_memory": self.in_memory()}
 
     def in_memory(self) -> int:
         """Bytes of the parameters of the loaded model, as `compress.load` makes them."""

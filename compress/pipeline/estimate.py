@@ -146,7 +146,9 @@ def _evaluation_bytes(plan: Plan) -> int:
     architecture = plan.architecture
     head = architecture.vocab_size * architecture.hidden_size * DTYPE_BYTES[plan.float_dtype]
     hidden = 3 * _evaluation_tokens(plan) * architecture.hidden_size * COMPUTE_BYTES
-    block = max(_block_parameters(plan), default=0) * COMPUTE_BYTES
+    evaluation = plan.recipe.evaluation
+    in_step = 2 if evaluation and evaluation.reference else 1  # a block of either model
+    block = max(_block_parameters(plan), default=0) * COMPUTE_BYTES * in_step
     chunk = max(LOGIT_BYTES, MIN_CHUNK_TOKENS * architecture.vocab_size * COMPUTE_BYTES)
     return head * 2 + int(FRAGMENTATION * hidden) + max(block, LOGIT_COPIES * chunk)
 

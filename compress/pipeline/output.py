@@ -18,6 +18,7 @@ from compress.checkpoint.result import REPORT as REPORT
 from compress.checkpoint.result import WORK_FOLDER as WORK_FOLDER
 from compress.checkpoint.writer import PARTIAL, write_json, writing
 from compress.errors import CheckpointError, RecipeError
+from compress.report import PAGE as PAGE
 
 FILES = "files.json"
 OBSERVED = "observed-"  # + a step's number: what was settled before the first block
@@ -83,7 +84,7 @@ def discard(folder: Path, keep_observed: bool = False) -> None:
     `keep_observed`: not what was settled before the first block.
     """
     names = {file.name for file in folder.iterdir() if SHARD.fullmatch(file.name)} | {*INDEXES, CONFIG, *_noted(folder)}
-    for name in (CONFIG, *sorted(names - {CONFIG}), REPORT):
+    for name in (CONFIG, *sorted(names - {CONFIG}), PAGE, REPORT):
         for file in (folder / name, folder / (name + PARTIAL)):
             with writing(file):
                 file.unlink(missing_ok=True)

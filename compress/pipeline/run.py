@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from compress.pipeline.journal import Journal, check_free, folder_lock, open_jou
 from compress.pipeline.meter import Meter
 from compress.pipeline.output import (
     CONFIG,
-    REPORT,
+    PAGE,
     WORK_FOLDER,
     check_output,
     discard,
@@ -26,6 +25,7 @@ from compress.pipeline.output import (
 )
 from compress.pipeline.plan import Plan, plan
 from compress.pipeline.progress import Progress, Silent
+from compress.pipeline.report import build_report, evaluation_differs, measured_again, write_page_of, write_report
 from compress.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class RunResult:
     plan: Plan
     report: dict[str, Any]
     already_finished: bool = False
+    evaluated_again: bool = False  # it was finished, but the recipe asked for other measurements
     pushed: Pushed | None = None
 
 
@@ -91,11 +92,12 @@ def run(
             if stored is None:
                 check_room(planned, folder, progress)
             _check_push(planned)
-            if stored is None:
+            if stored is None or evaluation_differs(planned, stored):
                 _check_tasks(planned, progress)
         if on_plan is not None:
             on_plan(planned)
-        if stored is not None and not (folder / WORK_FOLDER).exists():
+        measured = stored is not None and not evaluation_differs(planned, stored)
+        if stored is not None and measured and not (folder / WORK_FOLDER).exists():
             result = RunResult(folder, planned, stored, already_finished=True)
         else:
             with folder_lock(folder):
@@ -143,11 +145,10 @@ def _run_locked(
 
     header = work_header(planned)
     stored = None if overwrite else finished_report(folder, header)
-    if stored is not None:
-        leave(folder)
-        return RunResult(folder, planned, stored, already_finished=True)
     with meter.phase("fetch"):
         source = planned.source.fetch(progress.note)
+    if stored is not None:
+        return _measure_again(planned, source, folder, stored, machine, progress, meter)
     with meter.phase("compress"):
         compute_place(planned, machine)  # all that can be refused is, before anything is discarded
         batches = calibration_batches(planned, source)
@@ -162,16 +163,44 @@ def _run_locked(
         if details is None:
             details = _compress(planned, source, folder, journal, batches, machine, progress)
     details["calibration_tokens"] = sum(ids.numel() for ids in batches) if planned.needs_data else 0
-    evaluation: dict[str, Any] = {}
-    if planned.recipe.evaluation:
-        from compress.evaluation.evaluate import evaluate_run
-
-        with meter.phase("evaluate"):
-            evaluation = evaluate_run(planned, source, folder, machine, progress)
+    evaluation = _evaluate(planned, source, folder, machine, progress, meter)
     report = build_report(planned, folder, header, details, evaluation, meter, result_files(planned, source))
-    _write_report(folder / REPORT, report)
+    write_report(folder, report, progress)
     leave(folder)
     return RunResult(folder, planned, report)
+
+
+def _evaluate(
+    planned: Plan, source: Path, folder: Path, machine: Machine, progress: Progress, meter: Meter
+) -> dict[str, Any]:
+    if not planned.recipe.evaluation:
+        return {}
+    from compress.evaluation.evaluate import evaluate_run
+
+    with meter.phase("evaluate"):
+        return evaluate_run(planned, source, folder, machine, progress)
+
+
+def _measure_again(
+    planned: Plan,
+    source: Path,
+    folder: Path,
+    stored: dict[str, Any],
+    machine: Machine,
+    progress: Progress,
+    meter: Meter,
+) -> RunResult:
+    """A finished run whose recipe now asks for other measurements; until they are there, the old report stays."""
+    again = evaluation_differs(planned, stored)
+    if again:
+        compute_place(planned, machine)
+        evaluation = _evaluate(planned, source, folder, machine, progress, meter)
+        stored = measured_again(planned, folder, stored, evaluation, meter)
+        write_report(folder, stored, progress)
+    elif not (folder / PAGE).exists():
+        write_page_of(folder, stored, progress)
+    leave(folder)
+    return RunResult(folder, planned, stored, already_finished=True, evaluated_again=again)
 
 
 def _finished_details(planned: Plan, folder: Path, journal: Journal, progress: Progress) -> dict[str, Any] | None:
@@ -336,47 +365,3 @@ def work_header(planned: Plan) -> dict[str, Any]:
         "version of compress-llm": __version__,
         "version of torch": torch.__version__,
     }
-
-
-def build_report(
-    planned: Plan,
-    folder: Path,
-    header: dict[str, Any],
-    details: dict[str, Any],
-    evaluation: dict[str, Any],
-    meter: Meter,
-    names: list[str],
-) -> dict[str, Any]:
-    """Everything that was planned and measured, for the table, for `--json` and for programs. `names`: our files."""
-    files = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
-    weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
-    content = planned.to_dict()
-    for layer in content["layers"]:
-        layer["figures"] = details["layers"].get(layer["name"], {})
-    source_bytes = (
-        sum(f.stat().st_size for f in planned.source.folder.iterdir() if f.is_file()) if planned.source.folder else None
-    )
-    return {
-        "schema": 1,
-        "work": header,
-        "out": str(folder),
-        **content,
-        "files": files,
-        "bytes_on_disk_weights": weights,
-        "bytes_on_disk_all": sum(files.values()),
-        "bytes_on_disk_source": source_bytes,
-        "seconds": {name: round(value, 3) for name, value in meter.seconds.items()},
-        "activities": {name: round(value, 3) for name, value in details["activities"].items()},
-        "peak_bytes": meter.peak_bytes,
-        "peaks": meter.peaks,
-        "replayed_blocks": details.get("replayed_blocks", 0),
-        "calibration_tokens": details.get("calibration_tokens", 0),
-        "evaluation": evaluation,
-        "machine": {"platform": platform.platform(), "python": platform.python_version()},
-    }
-
-
-def _write_report(path: Path, report: dict[str, Any]) -> None:
-    from compress.checkpoint.writer import write_json
-
-    write_json(path, report)

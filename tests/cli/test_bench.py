@@ -39,14 +39,34 @@ def test_a_result_beside_its_original(model, finished, compress):
     assert found["machine"]["threads"] >= 1
 
 
-def test_alone_nothing_is_said_about_being_quicker(model, finished, compress):
-    answer = compress("bench", finished, *QUICK[:-2], "--repeats", 1)
-    assert answer.code == 0, answer.err
+def test_alone_nothing_is_said_about_being_quicker(model, finished, compress, monkeypatch):
+    """(What is timed of one model is what is timed of two.)"""
+    asked = {}
+
+    def alone(*models, settings, **others):
+        asked.update(others, models=models, settings=settings)
+        rate = {"tokens_per_second": 1234.5, "min": 1000.0, "max": 2000.0, "rounds": [1234.5]}
+        return {
+            "settings": {"prompt_tokens": 24, "new_tokens": 4, "batch_size": 2, "repeats": 1},
+            "machine": {
+                "device": "cpu", "device_name": "a CPU", "threads": 2, "dtype": "float32", "attention": "sdpa", "torch": "2",
+            },
+            "model": {
+                "path": "x", "load_seconds": 0.5, "bytes_of_weight_files": 2**21, "bytes_in_memory": 2**20, "prefill": rate,
+                "decode": rate, "peak_resident_bytes": 2**29, "resident_bytes_before": 2**28, "peak_cuda_bytes": None,
+            },
+        }  # fmt: skip
+
+    monkeypatch.setattr("compress.evaluation.speed.measure_speed", alone)
+    answer = compress("bench", finished, *QUICK)
+    assert asked["models"] == (str(finished),)
+    assert asked["reference"] is None
+    assert asked["settings"].batch_size == 2
     for words in (
         "prefill, tokens per second",
-        "decode, tokens per second",
-        "24 tokens x 1 in one forward",
-        "threads, float32",
+        "1,234 [1,000–2,000]",
+        "24 tokens x 2 in one forward",
+        "2 threads, float32",
     ):
         assert words in answer.out
     assert "original" not in answer.out
