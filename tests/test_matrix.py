@@ -53,6 +53,19 @@ CASES = [
         [{"svd": {"keep_ratio": 0.8}, "layers": ["*_proj", "lm_head"]}, {"gptq": {"bits": 4, "group_size": 8}}],
         model="llama",
     ),
+    Case(
+        "cur",
+        [{"cur": {"keep_ratio": 0.7, "heal": 1.0}, "layers": ["*.q_proj", "*.k_proj"]}],
+        [{"cur": {"keep_ratio": 0.95, "heal": 1.0}, "layers": ["*.q_proj", "*.k_proj"]}],
+    ),
+    Case(
+        "cur_blocks_energy",
+        [{"cur": {"energy": 0.8, "n_blocks": 1, "selection": "qr"}, "layers": ["*.q_proj", "*.down_proj"]}],
+    ),
+    Case("cur_conv1d", [{"cur": {"selection": "greedy", "heal": 1.0}, "layers": ["*.c_attn"]}], model="gpt2"),
+    Case("cur_experts", [{"cur": {"keep_ratio": 0.8, "matrix": "full"}}], model="mixtral"),
+    Case("cur_then_gptq", [{"cur": {"keep_ratio": 0.8}}, {"gptq": {"bits": 4, "group_size": 8}}], model="llama"),
+    Case("cur_then_rtn", [{"cur": {}, "layers": ["*.q_proj", "*.k_proj"]}, {"rtn": {"bits": 8, "group_size": 8}}]),
 ]
 
 
@@ -137,8 +150,11 @@ def test_interrupted_and_resumed_is_the_same(case: Case, runs: Any, text: Path, 
     class Stop(Silent):
         blocks = 0
 
+        def begin(self, phase: str, total: int, unit: str) -> None:
+            self.phase = phase
+
         def advance(self, steps: int = 1, detail: str = "") -> None:
-            self.blocks += 1
+            self.blocks += self.phase == "compress"
             if self.blocks == 2:
                 raise KeyboardInterrupt
 
