@@ -44,6 +44,21 @@ CASES = [
     Case("with_head", [{"gptq": {"bits": 4, "group_size": 32}, "layers": ["*_proj", "lm_head"]}], model="llama"),
     Case("conv1d", [{"gptq": {"bits": 4, "group_size": 32}}], model="gpt2"),
     Case("experts", [{"gptq": {"bits": 4, "group_size": 32}}], model="mixtral"),
+    Case(
+        "dobi_svd",
+        [{"dobi_svd": {"keep_ratio": 0.7, "steps": 4, "learning_rate": 0.05}}],
+        [{"dobi_svd": {"keep_ratio": 0.9, "steps": 0}}],
+    ),
+    Case("dobi_svd_conv1d_head", [{"dobi_svd": {"keep_ratio": 0.8}, "layers": ["*.c_*", "lm_head"]}], model="gpt2"),
+    Case("dobi_svd_experts", [{"dobi_svd": {"keep_ratio": 0.8, "steps": 0}}], model="mixtral"),
+    Case(
+        "dobi_svd_then_gptq",
+        [
+            {"dobi_svd": {"keep_ratio": 0.9, "steps": 3, "remap": False}},
+            {"gptq": {"bits": 4, "group_size": 8}},
+        ],
+        model="llama",
+    ),
     Case("svd", [{"svd": {"keep_ratio": 0.7}}], [{"svd": {"keep_ratio": 0.9}}]),
     Case("svd_refit", [{"svd": {"keep_ratio": 0.7, "refit": 0.5}}]),
     Case("svd_conv1d_head", [{"svd": {"keep_ratio": 0.8}, "layers": ["*.c_*", "lm_head"]}], model="gpt2"),

@@ -74,31 +74,30 @@ class _Truncation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, position: Tensor, beta: float, terms: int) -> Tensor:
         wide = matrix.shape[0] < matrix.shape[1]
-        rows = (matrix.T if wide else matrix).double()
-        energies, vectors = _eigen(rows.T @ rows)
+        rows = matrix.T if wide else matrix
+        double = rows.double()
+        energies, vectors = _eigen(double.T @ double)
         gates = gate(position.double(), len(energies), beta)
-        truncated = ((rows @ vectors) * gates) @ vectors.T
+        truncated = rows @ ((vectors * gates) @ vectors.T).to(rows.dtype)
         ctx.save_for_backward(matrix, position, energies, vectors)
         ctx.wide, ctx.beta, ctx.terms = wide, beta, terms
-        return (truncated.T if wide else truncated).to(matrix.dtype)
+        return truncated.T if wide else truncated
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         matrix, position, energies, vectors = ctx.saved_tensors
-        rows = (matrix.T if ctx.wide else matrix).double()
-        back = (gradient.T if ctx.wide else gradient).double()
+        rows, back = (matrix.T, gradient.T) if ctx.wide else (matrix, gradient)
         gates = gate(position.double(), len(energies), ctx.beta)
-        inside = rows @ vectors  # Y V = U diag(s)
-        back_inside = back @ vectors
-        mixed = inside.T @ back_inside  # N
+        mixed = vectors.T @ (rows.T @ back).double() @ vectors  # N
         slope = 2 * ctx.beta * gates * (1 - gates)  # dt/dposition: beta / 2 sech^2
         to_position = (mixed.diagonal() * slope).sum().to(position.dtype)
         if not ctx.needs_input_grad[0]:
             return None, to_position, None, None
         across = (gates[:, None] - gates).abs() * inverse_gap(energies.sqrt(), ctx.terms)  # E: both factors fall with i
         mixed = across * mixed
-        to_rows = (back_inside * gates + inside @ (mixed + mixed.T)) @ vectors.T
-        return (to_rows.T if ctx.wide else to_rows).to(matrix.dtype), to_position, None, None
+        through = (vectors * gates) @ vectors.T, vectors @ (mixed + mixed.T) @ vectors.T
+        to_rows = back @ through[0].to(rows.dtype) + rows @ through[1].to(rows.dtype)
+        return (to_rows.T if ctx.wide else to_rows), to_position, None, None
 
 
 def truncate(matrix: Tensor, position: Tensor, beta: float, terms: int = TERMS) -> Tensor:
