@@ -9,11 +9,16 @@ Rules for one layer:
     energy_rank       the least rank that keeps a share of the energy
     effective_rank    exp of the entropy of the singular values: how many directions there are, softly counted
 Rules for a whole model: each gives every direction of every layer a score, and one threshold over all layers does the rest.
-    "loss"            sigma_i^2 per byte, of a layer's whole energy: least sum of relative losses (greedy)
+    "loss"            sigma_i^2 per byte, times what the layer's energy is worth: least sum of losses (greedy)
     "heavy_tail"      (sigma_i - min) / (max - min): WeLore, arXiv:2407.11239
     "energy"          the share of energy that is left from i on: the same share kept in every layer
     "effective_rank"  -i / effective rank: ranks in proportion to effective ranks
     "uniform"         -i (out + in) / (out * in)
+What energy is worth differs between layers by orders of magnitude: an error of one layer dies out, one of another reaches
+the logits. As fractions of each layer's own energy, losses do not compare (on the model that ships every rule that
+compares them does worse than the uniform one). `importance` of a layer is for that: its whole energy times the mean squared
+gradient of the model's loss by its outputs makes sigma_i^2 what the loss is expected to rise by, up to a factor of 2.
+
 `spend` takes directions by falling score while the budget of bytes lasts. `choose` does it for any set of choices, along
 the lower convex hull of loss over bytes, on which the greedy choice is optimal up to one step.
 """
@@ -145,7 +150,7 @@ def candidate(
         multiple: of which all ranks are.
         bytes_at: bytes stored at a rank; by default 2 * rank * (out + in), as for 16-bit factors.
         dense_bytes: by default 2 * out * in.
-        importance: times the scores of rule "loss".
+        importance: rule "loss": what the layer's whole energy is worth beside that of others. 1: as much as theirs.
     """
     values = _spectrum(energies)
     bytes_at = bytes_at or (lambda rank: 2 * rank * (out_features + in_features))
