@@ -63,6 +63,9 @@ CASES = [
     Case("svd_refit", [{"svd": {"keep_ratio": 0.7, "refit": 0.5}}]),
     Case("svd_conv1d_head", [{"svd": {"keep_ratio": 0.8}, "layers": ["*.c_*", "lm_head"]}], model="gpt2"),
     Case("svd_experts", [{"svd": {"keep_ratio": 0.8}}], model="mixtral"),
+    Case("laser", [{"laser": {"rate": 0.9}}]),
+    Case("laser_conv1d", [{"laser": {"rate": 0.5}, "layers": "*.c_proj"}], model="gpt2"),
+    Case("laser_then_rtn", [{"laser": {"rate": 0.9}}, {"rtn": {"bits": 8, "group_size": 32}}]),
     Case(
         "svd_then_gptq",
         [{"svd": {"keep_ratio": 0.8}, "layers": ["*_proj", "lm_head"]}, {"gptq": {"bits": 4, "group_size": 8}}],
@@ -164,6 +167,7 @@ def test_interrupted_and_resumed_is_the_same(case: Case, runs: Any, text: Path, 
 
     class Stop(Silent):
         blocks = 0
+        phase = ""
 
         def begin(self, phase: str, total: int, unit: str) -> None:
             self.phase = phase

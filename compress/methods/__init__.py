@@ -16,6 +16,7 @@ METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
     "gptq": "compress.methods.gptq:GPTQ",
     "svd": "compress.methods.svd:SVD",
+    "laser": "compress.methods.laser:LASER",
     "dobi_svd": "compress.methods.dobi_svd:DobiSVD",
     "cur": "compress.methods.cur:CUR",
 }

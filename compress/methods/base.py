@@ -217,6 +217,11 @@ class SiteMethod(ABC):
         return ()
 
     @classmethod
+    def needs_tokens(cls, config: Any) -> bool:
+        """Whether calibration tokens are needed: for statistics, or for what `observe` does with them."""
+        return bool(cls.statistics(config))
+
+    @classmethod
     def workspace(cls, shapes: tuple[LayerShape, ...], config: Any) -> int:
         """Peak bytes that `compress` allocates for one site, beyond the weights and the statistics."""
         return 2 * 4 * max(s.out_features * s.in_features for s in shapes)

@@ -25,8 +25,12 @@ MAX_FEATURES = 2**31 - 1  # more than any model has, and products of two still f
 
 @dataclass(frozen=True)
 class ModuleSpec(ABC):
-    """One replaced module. `in_features`, `out_features` as in nn.Linear. `module` is where its nn.Module lives."""
+    """One replaced module. `in_features`, `out_features` as in nn.Linear. `module` is where its nn.Module lives.
 
+    `plain`: it is stored as the layer's own weight, and loaders find an ordinary layer there; nothing describes it.
+    """
+
+    plain: ClassVar[bool] = False
     representation: ClassVar[str]
     module: ClassVar[str]  # "package.file:Class", a CompressedModule; imported when one is built
     in_features: int
@@ -71,6 +75,7 @@ class ModuleSpec(ABC):
 
 
 SPECS = {  # representation -> where its spec lives
+    "dense": "compress.modules.dense_spec:DenseSpec",
     "quantized": "compress.modules.quantized_spec:QuantizedSpec",
     "low_rank": "compress.modules.low_rank_spec:LowRankSpec",
     "cur": "compress.modules.cur_spec:CURSpec",

@@ -18,7 +18,7 @@ from compress.checkpoint.side_files import copy_file, side_files
 from compress.checkpoint.stream import StreamedModel
 from compress.checkpoint.writer import write_json, write_text
 from compress.errors import CheckpointError
-from compress.pipeline.plan import OWN, Plan
+from compress.pipeline.plan import OWN, PLAIN, Plan
 from compress.pipeline.stage import n_shards, shard_name
 from compress.publish.base_model import card_of, carried
 from compress.publish.card import model_card
@@ -35,7 +35,8 @@ def finished_config(plan: Plan, source: Path) -> dict[str, Any]:
     config.pop("torch_dtype", None)
     if plan.untied:
         config["tie_word_embeddings"] = False
-    config["quantization_config"] = quantization_config(plan.format, plan.specs, plan.architecture)
+    if plan.format != PLAIN:
+        config["quantization_config"] = quantization_config(plan.format, plan.specs, plan.architecture)
     if plan.format == OWN:
         config["transformers_weights"] = guard()
     return config

@@ -6,6 +6,7 @@ come out as predicted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from compress.methods.base import LayerShape
     from compress.recipe import Recipe
 
-STANDARD, OWN = "compressed-tensors", "compress"
+STANDARD, OWN, PLAIN = "compressed-tensors", "compress", "plain"
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -70,8 +71,8 @@ class Plan:
 
     @property
     def specs(self) -> dict[str, ModuleSpec]:
-        """Every compressed module of the result, by disk name."""
-        return {**self.source_specs, **{name: layer.spec for name, layer in self.layers.items()}}
+        """Every module of the result that is not an ordinary layer, by disk name."""
+        return described(self.source_specs, self.layers)
 
     @property
     def bytes_before(self) -> int:
@@ -145,7 +146,7 @@ def plan_source(recipe: Recipe, source: Source, decisions: Decisions | None = No
     weights = _weights(source, architecture, source_specs)
     steps = plan_steps(recipe.steps, weights, source_specs, decisions)
     layers = _plan_layers(steps, architecture, weights, source, source_specs, float_dtype)
-    specs = {**source_specs, **{name: layer.spec for name, layer in layers.items()}}
+    specs = described(source_specs, layers)
     format_, reason = _choose_format(recipe.output.format, specs, architecture)
     untied = architecture.tied and any(
         n in layers for n in (architecture.head.linears[0], architecture.embedding.linears[0])
@@ -258,7 +259,20 @@ def _plan_layers(
     return layers
 
 
+def described(source_specs: Mapping[str, ModuleSpec], layers: Mapping[str, LayerPlan]) -> dict[str, ModuleSpec]:
+    """The modules of a result that `config.json` must describe."""
+    specs = {**source_specs, **{name: layer.spec for name, layer in layers.items()}}
+    return {name: spec for name, spec in specs.items() if not spec.plain}
+
+
 def _choose_format(wanted: str, specs: dict[str, ModuleSpec], architecture: Architecture) -> tuple[str, str]:
+    if not specs:
+        if wanted != "auto":
+            raise RecipeError(
+                f"output.format: every layer of this result is an ordinary one, and {wanted} would have nothing to describe; "
+                f"use output.format=auto"
+            )
+        return PLAIN, "weights have changed, but every layer is an ordinary one: any tool loads it"
     obstacle = standard_holds(specs, architecture)
     if wanted == STANDARD and obstacle is not None:
         raise RecipeError(
@@ -314,7 +328,7 @@ def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[
     warnings += [
         f"{layer.name}: {layer.bytes_after:,} bytes after, {layer.bytes_before:,} before: no gain"
         for layer in layers.values()
-        if layer.bytes_after >= layer.bytes_before > 0
+        if layer.bytes_after >= layer.bytes_before > 0 and not layer.spec.plain
     ]
     return warnings
 

@@ -221,7 +221,13 @@ def _finished_details(planned: Plan, folder: Path, journal: Journal, progress: P
 
 
 def _settle(
-    planned: Plan, source: Path, folder: Path, journal: Journal, batches: list[Any], machine: Machine, progress: Progress
+    planned: Plan,
+    source: Path,
+    folder: Path,
+    journal: Journal,
+    batches: list[Any],
+    machine: Machine,
+    progress: Progress,
 ) -> Plan:
     """The plan with all settled that depends on the whole model."""
     from compress.pipeline.observe import settle

@@ -314,11 +314,28 @@ class Stage:
     def _outer_names(self) -> tuple[str, ...]:
         return (*self.plan.architecture.head.linears, *self.plan.architecture.embedding.linears)
 
-    def _running(self, name: str, module: CompressedModule) -> CompressedModule:
+    def _running(self, name: str, module: CompressedModule) -> nn.Module:
         """The module as it will be once loaded from disk in the compute dtype."""
+        if module.spec.plain:
+            return self._ordinary(name, module)
         running = rebuild_module(name, module.spec, module.stored(), self.compute_dtype).to(self.device)
         running.hold(self.compute_dtype)
         return running
+
+    def _ordinary(self, name: str, module: CompressedModule) -> nn.Module:
+        """The layer of the model itself, with the weight of `module`."""
+        layer = self.model.skeleton.module(name)
+        layer = copy.copy(layer.target if isinstance(layer, Gate) else layer)
+        if isinstance(layer, CompressedModule):  # of a source that was compressed
+            return module.to(self.compute_dtype).to(self.device)
+        weight = self._as_stored(name, module.dense(self.compute_dtype)).to(self.device)
+        layer._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+        return layer
+
+    def _as_stored(self, name: str, weight: Tensor) -> Tensor:
+        """A weight [out_features, in_features] as the layer itself has it."""
+        flipped = self.plan.architecture.transposed and name not in self._outer_names()
+        return weight.T.contiguous() if flipped else weight
 
     def generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator:
         """Randomness that depends on the seed and the place only, so that a resumed run draws the same."""
@@ -354,6 +371,8 @@ class Stage:
         layers = {}
         for name, outcome in outcomes.items():
             for suffix, tensor in outcome.module.stored().items():
+                if outcome.module.spec.plain and suffix == "weight":
+                    tensor = self._as_stored(name, tensor)
                 if suffix == "bias":
                     tensor = tensor.to(self._cast() or TORCH_DTYPES[self.model.reader.info(f"{name}.bias").dtype])
                 tensors[f"{name}.{suffix}"] = from_tensor(tensor)
@@ -417,7 +436,7 @@ class Stage:
             finished = self._write(ENTRY, names, outcomes)
             self.journal.add(finished)
         self.result.layers.update(finished.layers)
-        if table in self.plan.layers:
+        if table in self.plan.layers:  # a table is never plain: no method makes one so
             with CheckpointReader(self.out, read_header(self.out / finished.file)) as reader:
                 self.model.replace_table(self._read_module(table, reader))
 

@@ -125,7 +125,8 @@ def _plan_step(
         name, reason = next(iter(kept.items()))
         raise RecipeError(f"{where}: no layer would change; {name}: {reason}")
     used = {name: config for name, config in configs.items() if name in specs}
-    return StepPlan(number, method, used, specs, bool(requests), needs_original, kept)
+    needs_data = any(method.needs_tokens(config) for config in used.values())
+    return StepPlan(number, method, used, specs, needs_data, needs_original, kept)
 
 
 def _spec_after(

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 SIGNATURE = re.compile(r"\n<!-- card by compress-llm ([0-9a-f]{16}) -->\n\Z")
-STANDARD = "compressed-tensors"
+STANDARD, PLAIN = "compressed-tensors", "plain"
 FIGURE = "compress_card.png"
 ANYWHERE = "FOLDER_OR_ID"  # in place of the repository, as long as it is not known
 LOCAL_SUFFIXES = (".txt", ".raw", ".md", ".tokens", ".jsonl", ".ndjson", ".json", ".parquet", ".yaml", ".yml")
@@ -134,6 +134,11 @@ def is_local(name: str) -> bool:
 
 def _loading(report: Mapping[str, Any], name: str) -> str:
     ours = f'With compress-llm, on its packed modules:\n\n```python\nimport compress\n\nmodel = compress.load("{name}")\n```'
+    if report["format"] == PLAIN:
+        return (
+            "Every layer is an ordinary one; any tool that loads the base model loads it:\n\n```python\nfrom transformers import "
+            f'AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{name}")\n```'
+        )
     if report["format"] != STANDARD:
         return (
             f"{ours}\n\nAfter `import compress`, `AutoModelForCausalLM.from_pretrained` loads it too. Without the package it "
