@@ -25,7 +25,11 @@ class CompressedTensors(Format):
         return model.specs[name].tensors(self.scale_dtype(model, name))
 
     def convert(self, model: Model, name: str) -> dict[str, Tensor]:
-        return {suffix: t for suffix, t in model.module(name, self.scale_dtype(model, name)).stored().items() if suffix != "bias"}
+        return {
+            suffix: t
+            for suffix, t in model.module(name, self.scale_dtype(model, name)).stored().items()
+            if suffix != "bias"
+        }
 
     def scale_dtype(self, model: Model, name: str) -> str:
         return model.dtype if model.fits(name, model.dtype) else model.float_dtype(name)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from compress.checkpoint.names import compact
 from compress.export.formats import Model
 from compress.export.fused import fused_linears
+from compress.export.gptq import dynamic_rules
 from compress.models.architecture import Architecture
 from compress.modules.quantized_spec import QuantizedSpec
 
@@ -43,9 +44,17 @@ def server_warnings(format_: str, model: Model) -> list[str]:
         *_shapes(model.architecture, inside),
     ]
     heads = [name for name in specs if name in outside]
-    if heads:
+    if heads and format_ in ("gptq", "awq"):
         found.append(
-            f"quantized head: vLLM reads it in GPTQ and AWQ files by lm_head=true, SGLang and others may not: {named(heads)}"
+            f"quantized head: GPTQModel and vLLM read it by lm_head=true; transformers fills it with random numbers and goes on, "
+            f"other servers may too: {named(heads)}"
+        )
+    elif heads:
+        found.append(f"quantized head: transformers reads it; servers may take heads for dense: {named(heads)}")
+    if format_ == "gptq" and dynamic_rules(model):
+        found.append(
+            "layers left out, or with settings of their own: GPTQModel, vLLM and SGLang read the rules (`dynamic`); transformers "
+            "with optimum knows none and fails"
         )
     asymmetric = [name for name, spec in inside.items() if not spec.symmetric]
     if asymmetric and format_ == "gptq":

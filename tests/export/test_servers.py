@@ -42,8 +42,12 @@ def test_whole_rows_are_fine(warnings):
     assert warnings("gptq", group_size=-1) == []
 
 
+RULES = "layers left out, or with settings of their own: GPTQModel, vLLM and SGLang read the rules"
+
+
 def test_mixed_settings_in_fused_layers(warnings):
-    (said,) = warnings("gptq", bits=lambda n: 8 if "k_proj" in n else 4)
+    said, rules = warnings("gptq", bits=lambda n: 8 if "k_proj" in n else 4)
+    assert rules.startswith(RULES)
     assert said.startswith("mixed settings inside layers that servers fuse")
     assert said.endswith(
         "model.layers.[0-1].self_attn.k_proj, model.layers.[0-1].self_attn.q_proj, model.layers.[0-1].self_attn.v_proj"
@@ -51,13 +55,24 @@ def test_mixed_settings_in_fused_layers(warnings):
 
 
 def test_a_fused_layer_that_is_quantized_in_part(warnings):
-    (said,) = warnings("gptq", select=lambda n, s: in_blocks(n, s) and "up_proj" not in n)
+    said, rules = warnings("gptq", select=lambda n, s: in_blocks(n, s) and "up_proj" not in n)
+    assert rules.startswith(RULES)
     assert "mixed settings" in said
     assert "model.layers.[0-1].mlp.gate_proj, model.layers.[0-1].mlp.up_proj" in said
 
 
-def test_different_bits_in_layers_of_their_own_are_fine(warnings):
-    assert warnings("gptq", bits=lambda n: 8 if "down_proj" in n else 4) == []
+def test_different_bits_in_layers_of_their_own_are_fine_for_servers(warnings):
+    (said,) = warnings("gptq", bits=lambda n: 8 if "down_proj" in n else 4)
+    assert said.startswith(RULES)
+
+
+def test_layers_left_out_are_fine_for_servers(warnings):
+    (said,) = warnings("gptq", select=lambda n, s: in_blocks(n, s) and "o_proj" not in n)
+    assert said.startswith(RULES)
+
+
+def test_awq_says_what_it_leaves_out_in_a_way_that_all_know(warnings):
+    assert warnings("awq", select=lambda n, s: in_blocks(n, s) and "o_proj" not in n) == []
 
 
 def test_group_sizes(warnings):
@@ -80,6 +95,7 @@ def test_bits_of_compressed_tensors(warnings):
 def test_quantized_heads(warnings):
     (said,) = warnings("gptq", select=all_linears)
     assert said.startswith("quantized head: ") and said.endswith(": lm_head")
+    assert "transformers fills it with random numbers" in said
 
 
 def test_asymmetric_grids(warnings):
