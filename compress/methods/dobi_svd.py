@@ -3,7 +3,7 @@
 A  A rank k per layer, by gradient. In the original model every layer's outputs Y on a batch of tokens are truncated at a
    real position, smoothly (compress/linalg/svd_gradient.py), and the positions alone are trained:
 
-       minimise  perplexity + budget_weight |R - R*|,      R = sum of bytes(k) / sum of bytes of the layers, R* = keep_ratio
+       minimise  perplexity  subject to  R = R*,      R = sum of bytes(k) / sum of bytes of the layers, R* = keep_ratio
 
    `methods/dobi_svd_ranks.py`. It needs the whole model in memory, and gradients through it.
 B  Factors of that rank:     W' = V_k V_k^T W,      V_k: first k eigenvectors of sum Y^T Y = W H W^T,  H = sum_t x_t x_t^T
@@ -16,6 +16,10 @@ Departures from the paper and its code:
 - k itself is the parameter, in 1 .. min(out, in). Theirs is a position in units of the rank of one sequence of 2048 tokens,
   times int(min(out, in) / 2048), which is 0 for grouped keys and values. Here a batch of fewer tokens than min(out, in) is
   truncated in proportion. The gate stands at k + 1/2, so that k of them are open and full rank changes nothing.
+- The budget is a constraint: the part of the gradient that would change R is taken out before Adam sees it, and each step is
+  brought back to R*. The paper adds 200 |R - R*| to the loss (`budget_weight: 200`). That term's gradient is several times
+  that of the perplexity and changes its sign from step to step; Adam, which divides by the size of what it saw, then hardly
+  moves the ranks apart.
 - The bias is outside of what is truncated, in A as in B.
 - Exact decompositions of a whole batch's outputs, in float64, not randomised ones of single sequences.
 - The ranks are those of the best pass over the data, its mean loss against its mean positions, not of the step with the
@@ -73,8 +77,10 @@ class DobiSVDConfig(MethodConfig):
     )
     learning_rate: float = Field(0.0025, gt=0, le=1, description="the most a rank moves in a step, of full rank")
     beta: float = Field(10.0, gt=0, description="steepness of the truncation: about 2 / beta directions are half open")
-    budget_weight: float = Field(
-        200.0, gt=0, description="lambda: weight of a deviation from the budget, in perplexity"
+    budget_weight: float | None = Field(
+        None,
+        gt=0,
+        description="the paper's lambda, 200: the budget as a penalty; without it steps stay inside the budget",
     )
     terms: int = Field(10, ge=0, description="K: bounds the gradient across close singular values by K + 1")
     update: Literal["closed_form", "ipca"] = Field(

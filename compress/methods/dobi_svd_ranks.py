@@ -29,6 +29,7 @@ from compress.methods.dobi_svd import DobiSVDConfig, budget_of, dense_bytes, ran
 
 ADAM = (0.9, 0.999, 1e-8)
 LAST = 0.1  # of the learning rate, at the end
+SCALINGS = 50  # until the budget is met: more than one only where some rank is at a bound
 COMMON = ("steps", "learning_rate", "beta", "budget_weight", "terms")  # settings that are of all layers together
 
 
@@ -70,7 +71,17 @@ class Costs:
 
     def start(self) -> Tensor:
         """Fractions of full rank at which every layer takes its own share."""
-        return (self.shares / (self.per_rank * self.full)).clamp(1 / self.full, torch.ones_like(self.full))
+        return self.clamped(self.shares / (self.per_rank * self.full))
+
+    def clamped(self, fractions: Tensor) -> Tensor:
+        """Between rank 1 and full rank."""
+        return fractions.clamp(1 / self.full, torch.ones_like(fractions))
+
+    def met(self, fractions: Tensor) -> Tensor:
+        """All larger or smaller by one factor, so that they take the budget."""
+        for _ in range(SCALINGS):
+            fractions = self.clamped(fractions * self.aim / self.ratio(fractions))
+        return fractions
 
     def settled(self, fractions: Tensor) -> list[int | None]:
         """Whole ranks in proportion to `fractions`, None for dense layers: as many as the budget holds.
@@ -244,9 +255,13 @@ class Learner:
         fractions = fractions.clone().requires_grad_()
         self._set(fractions * self.costs.full)
         perplexity = self._loss(ids).double().exp().cpu()
-        off = (self.costs.ratio(fractions) - self.costs.aim).abs()
-        value = perplexity + self.settings.budget_weight * off
-        (gradient,) = torch.autograd.grad(value, fractions)
+        ratio, value = self.costs.ratio(fractions), perplexity
+        if self.settings.budget_weight is not None:
+            value = perplexity + self.settings.budget_weight * (ratio - self.costs.aim).abs()
+        (gradient,) = torch.autograd.grad(value, fractions, retain_graph=True)
+        if self.settings.budget_weight is None:
+            (price,) = torch.autograd.grad(ratio, fractions)
+            gradient = gradient - price * (gradient @ price) / (price @ price).clamp(min=1e-30)
         if not (torch.isfinite(value) and torch.isfinite(gradient).all()):
             raise NumericsError(
                 f"dobi_svd: perplexity {float(perplexity):g} of a calibration batch has no finite gradient; check the checkpoint"
@@ -262,7 +277,8 @@ class Learner:
         rate = self.settings.learning_rate * (LAST + (1 - LAST) * (1 + math.cos(math.pi * progress)) / 2)
         size = (second / (1 - square_decay**updates)).sqrt() + least
         moved = fractions - rate * first / (1 - decay**updates) / size
-        return moved.clamp(1 / self.costs.full, torch.ones_like(moved))
+        moved = self.costs.clamped(moved)
+        return moved if self.settings.budget_weight is not None else self.costs.met(moved)
 
     def _loss(self, ids: Tensor) -> Tensor:
         """Mean cross-entropy of the next token."""
