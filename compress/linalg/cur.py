@@ -2,9 +2,9 @@
 
     W ~ C U R,   C = W[:, J] [out, r],   R = W[I, :] [r, in],   U [r, r]
 
-Which rows and columns. From a matrix M of the shape of W whose size is that of the outputs: W D, D the size of each input, or
-W H^(1/2). Let P [out, r] and Q [in, r] be its first left and right singular vectors. DEIM takes from each, one after the
-other, the index at which the next vector is worst interpolated by the ones before:
+Which rows and columns. From a matrix M of the shape of W whose size is that of the outputs: W D, D the size of each input. Let
+P [out, r] and Q [in, r] be its first left and right singular vectors. DEIM takes from each, one after the other, the index at
+which the next vector is worst interpolated by the ones before:
 
     p_1 = argmax |P[:, 1]|;   p_j = argmax |P[:, j] - P[:, :j-1] c|,   P[p, :j-1] c = P[p, j]
 
@@ -52,6 +52,7 @@ from compress.linalg.low_rank import GRAM_FLOOR, TILE
 from compress.linalg.ranks import rounded_rank
 
 NULL = 1e-12  # of the largest singular value: below it, a direction is not there
+DENSE = 2  # up to so many times taller than wide, the Gram matrix of the rows of W S is formed: fewer bytes to read per step
 
 
 # ---- how many
@@ -80,12 +81,6 @@ def uniform_rank(out_features: int, in_features: int, keep_ratio: float, multipl
 
 
 # ---- which
-
-
-def root(moment: Tensor) -> Tensor:
-    """H^(1/2) [in, in], symmetric: entry j of an input is still entry j. Eigenvalues that are rounding alone count as 0."""
-    values, vectors = _eigen(moment.double())
-    return (vectors * _positive(values).sqrt()) @ vectors.T
 
 
 def deim(vectors: Tensor) -> Tensor:
@@ -138,14 +133,19 @@ def singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (near, far) if wide else (far, near)
 
 
-def select(matrix: Tensor, rank: int, how: Literal["deim", "qr"]) -> tuple[Tensor, Tensor]:
-    """Rows and columns of M = `matrix` to keep, in the order in which they were chosen: int64 [rank] each.
+def select(for_rows: Tensor, for_columns: Tensor, rank: int, how: Literal["deim", "qr"]) -> tuple[Tensor, Tensor]:
+    """Rows and columns to keep, in the order in which they were chosen: int64 [rank] each.
+
+    Args:
+        for_rows, for_columns: the M in which each are looked for, usually one; as many rows, or columns, as W.
 
     Raises: NumericsError if LAPACK finds no singular vectors.
     """
     if how == "qr":
-        return pivoted(matrix.T, rank), pivoted(matrix, rank)
-    left, right = singular_vectors(matrix, rank)
+        return pivoted(for_rows.T, rank), pivoted(for_columns, rank)
+    left, right = singular_vectors(for_rows, rank)
+    if for_columns is not for_rows:
+        _, right = singular_vectors(for_columns, rank)
     return deim(left), deim(right)
 
 
@@ -155,60 +155,58 @@ def select_greedily(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[T
     Candidates c_j and the target T are, for columns, W e_j and W S, and for rows the rows of W S and all of them. With
     K = (c_i c_j) the next is the one with the largest |T^T c|^2 / |c|^2, c what the span so far leaves of a candidate.
     """
-    weight = weight.double()
+    weight, moment = weight.double(), None if moment is None else moment.double()
+    weighted = times(weight, moment)  # W H
+    if len(weight) <= DENSE * weight.shape[1]:
+        gram = weighted @ weight.T  # [out, out]
+        rows = _greedy(lambda p: gram[p], lambda x: gram @ x, gram.diagonal(), gram.square().sum(1), None, rank)
+    else:
+        explained = torch.cat([(part @ weight.T).square().sum(1) for part in weighted.split(TILE)])
+        rows = _greedy(
+            lambda p: weighted @ weight[p],
+            lambda x: weighted @ (weight.T @ x),
+            (weighted * weight).sum(1),
+            explained,
+            None,
+            rank,
+        )
     across = weight.T @ weight  # [in, in]
-    rows = _greedy(
-        lambda x: weight @ times(weight.T @ x, moment),
-        (times(weight, moment) * weight).sum(1),
-        _squared_rows(times(weight, moment), weight),
-        lambda x: x,
-        rank,
-    )
-    columns = _greedy(
-        lambda x: across @ x,
-        across.diagonal().clone(),
-        (times(across, moment) * across).sum(1),
-        lambda x: times(x, moment),
-        rank,
-    )
+    explained = (times(across, moment) * across).sum(1)
+    columns = _greedy(lambda p: across[p], lambda x: across @ x, across.diagonal(), explained, moment, rank)
     return rows, columns
 
 
 def _greedy(
+    column: Callable[[int], Tensor],
     kernel: Callable[[Tensor], Tensor],
     squares: Tensor,
     explained: Tensor,
-    metric: Callable[[Tensor], Tensor],
+    metric: Tensor | None,
     rank: int,
 ) -> Tensor:
-    """`rank` of n candidates, by what is known of them through K = (c_i c_j) and T = (c) N^(1/2).
+    """`rank` of n candidates c_j, by what is known of them through K = (c_i c_j) and T T^T = (c) N (c)^T.
 
     Args:
-        kernel, metric: x -> K x and x -> N x, [n].
-        squares: diag K, |c_j|^2; explained: diag(K N K), |T^T c_j|^2. Kept up to date for what is left of the c_j.
+        column, kernel: p -> K[:, p], x -> K x.
+        squares, explained: diag K, |c_j|^2, and diag(K N K), |T^T c_j|^2. Kept up to date for what is left of the c_j.
+        metric: N, as `moment`.
     """
-    steps = torch.zeros(rank, len(squares), dtype=squares.dtype, device=squares.device)  # a = c^T q, q orthonormal
+    steps = torch.zeros(rank, len(squares), dtype=squares.dtype, device=squares.device)  # c^T q, q orthonormal
     taken = torch.zeros(rank, dtype=torch.int64, device=squares.device)
     floor = NULL * squares.max()
     for k in range(rank):
         score = torch.where(squares > floor, explained / squares.clamp(min=1e-300), 0.0)
         score[taken[:k]] = -1.0
-        p = taken[k] = score.argmax()
+        p = int(score.argmax())
+        taken[k] = p
         if squares[p] > floor:
-            unit = torch.zeros_like(squares)
-            unit[p] = 1.0
-            a = (kernel(unit) - steps[:k, p] @ steps[:k]) / squares[p].sqrt()
-            weighted = metric(a)
+            a = (column(p) - steps[:k, p] @ steps[:k]) / squares[p].sqrt()
+            weighted = times(a, metric)
             b = kernel(weighted) - (steps[:k] @ weighted) @ steps[:k]
             explained = (explained - 2 * a * b + a.square() * (a @ weighted)).clamp_(min=0)
             squares = (squares - a.square()).clamp_(min=0)
             steps[k] = a
     return taken
-
-
-def _squared_rows(left: Tensor, right: Tensor) -> Tensor:
-    """Squared lengths of the rows of left right^T, which is never formed."""
-    return torch.cat([(part @ right.T).square().sum(1) for part in left.split(TILE)])
 
 
 # ---- how they are linked

@@ -6,7 +6,7 @@
 (compress/linalg/cur.py has the mathematics). With H = sum_t x_t x_t^T:
 
     scaled    M = W D, D = diag(H)^(1/2)      signed, so that its singular vectors are those of the outputs
-    full      M = W H^(1/2)                   the outputs, but what belongs to one input is spread over all
+    full      M = W S, S S^T = H, for rows    the outputs themselves; columns from W D, since one of W S is of no single input
     wanda     M = |W| D                       the paper's; another matrix, with other singular vectors
     weight    M = W                           no data
 
@@ -47,6 +47,7 @@ from compress.calibration.statistics import CrossMoment, Request, SecondMoment, 
 from compress.errors import NumericsError, RecipeError
 from compress.linalg import cur
 from compress.linalg.finite import all_finite
+from compress.linalg.low_rank import whitener
 from compress.linalg.quadratic import row_energy
 from compress.linalg.ranks import rounded_rank
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask, View
@@ -80,7 +81,8 @@ class CURConfig(MethodConfig):
         "or one by one by what they leave of the outputs",
     )
     matrix: Literal["scaled", "full", "wanda", "weight"] = Field(
-        "scaled", description="what they are found in: W times the size of each input, or the root of H; |W| scaled; W"
+        "scaled",
+        description="what they are found in: W times the size of each input; rows in W times a root of H; |W| scaled; W",
     )
     fit: Literal["full", "scaled", "weight"] = Field(
         "full", description="the error that U makes least: of the outputs, the same were inputs uncorrelated, of W"
@@ -200,7 +202,7 @@ class CUR(SiteMethod):
                 f"{', '.join(layer.name for layer in site.layers)}: cur: the second moment of the inputs holds NaN or infinity: "
                 f"activations overflow; calibrate in float32, or check the checkpoint"
             )
-        roots: list[Tensor] = []  # H^(1/2), once for the layers of the site
+        roots: list[Tensor] = []  # S, once for the layers of the site
         return {layer.name: _compress_layer(layer, known, roots) for layer in site.layers}
 
 
@@ -246,21 +248,19 @@ def _selected(layer: Layer, hessian: Tensor | None, rank: int, roots: list[Tenso
     config: CURConfig = layer.config
     if config.selection == "greedy":
         return cur.select_greedily(layer.weight, damped(hessian, config.matrix, config.damping), rank)
-    return cur.select(selection_matrix(layer.weight, hessian, config.matrix, roots), rank, config.selection)
+    for_columns = selection_matrix(layer.weight, hessian, config.matrix)
+    for_rows = for_columns
+    if config.matrix == "full" and hessian is not None:
+        if not roots:
+            roots.append(whitener(hessian))
+        for_rows = layer.weight.double() @ roots[0]
+    return cur.select(for_rows, for_columns, rank, config.selection)
 
 
-def selection_matrix(weight: Tensor, hessian: Tensor | None, kind: str, roots: list[Tensor]) -> Tensor:
-    """M [out, in], float64. `roots` keeps H^(1/2) for the next layer of the site."""
-    weight = weight.double()
-    if kind == "wanda":
-        weight = weight.abs()
-    if hessian is None or kind == "weight":
-        return weight
-    if kind != "full":
-        return weight * hessian.diagonal().double().sqrt()
-    if not roots:
-        roots.append(cur.root(hessian))
-    return weight @ roots[0]
+def selection_matrix(weight: Tensor, hessian: Tensor | None, kind: str) -> Tensor:
+    """M [out, in] in which columns are found, float64."""
+    weight = weight.double().abs() if kind == "wanda" else weight.double()
+    return weight if hessian is None or kind == "weight" else weight * hessian.diagonal().double().sqrt()
 
 
 def damped(hessian: Tensor | None, kind: str, damping: float) -> Tensor | None:

@@ -99,7 +99,7 @@ def _with_rank(layer: Layer, config: CURConfig, statistics: SiteStatistics | Non
     if config.matrix == "full":
         energies = spectrum(layer.weight, hessian)
     else:
-        energies = spectrum(selection_matrix(layer.weight, hessian, config.matrix, []))
+        energies = spectrum(selection_matrix(layer.weight, hessian, config.matrix))
     needed = energy_rank(energies.cpu().numpy(), config.energy)
     rank = limited(math.ceil(needed / config.rank_multiple) * config.rank_multiple, config)
     most = most_rank(layer.shape, config)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import CrossMoment, SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
-from compress.linalg import cur as linalg
-from compress.linalg.low_rank import decompose
+from compress.linalg.low_rank import decompose, whitener
 from compress.methods.base import Kept, LayerShape
 from compress.methods.cur import CUR, CURConfig
 from compress.methods.cur_choice import angular_distances, settle
@@ -59,13 +58,14 @@ def test_equals_the_formulas(matrix):
     scale = h.diagonal().sqrt()
     m = {
         "scaled": w.double() * scale,
-        "full": w.double() @ linalg.root(h),
+        "full": w.double() @ whitener(h),
         "wanda": w.double().abs() * scale,
         "weight": w.double(),
     }[matrix]
-    u, _, vh = torch.linalg.svd(m, full_matrices=False)
+    u = torch.linalg.svd(m, full_matrices=False).U
+    vh = torch.linalg.svd(w.double() * scale if matrix == "full" else m, full_matrices=False).Vh
     rows, columns = torch.tensor(reference.deim(u[:, :9])), torch.tensor(reference.deim(vh[:9].T))
-    link = reference.link(w.double(), rows, columns, linalg.root(h))
+    link = reference.link(w.double(), rows, columns, whitener(h))
     expected = w.double()[:, columns] @ link @ w.double()[rows]
     made = cur(w, x, rank=9, matrix=matrix, damping=0)
     torch.testing.assert_close(made.module.dense(torch.float64), expected, rtol=0, atol=1e-5 * float(w.abs().max()))
@@ -318,7 +318,7 @@ def test_energy_is_the_least_rank_that_holds_it(matrix):
     h = x.double().T @ x.double()
     m = {
         "scaled": w.double() * h.diagonal().sqrt(),
-        "full": w.double() @ linalg.root(h),
+        "full": w.double() @ whitener(h),
         "wanda": w.double().abs() * h.diagonal().sqrt(),
         "weight": w.double(),
     }[matrix]
