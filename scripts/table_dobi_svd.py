@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, help="of the held-out text")
     parser.add_argument("--steps", type=int, default=32, help="of learning")
     parser.add_argument("--ratios", type=float, nargs="+", help="of learning [default: 0.6]", default=[0.6])
+    parser.add_argument(
+        "--remap", type=int, nargs="+", choices=(0, 1), help="of learning [default: 0 1]", default=[0, 1]
+    )
     parser.add_argument("--learning-rate", type=float, default=0.01)
     asked = parser.parse_args()
     tables = {"storage": storage, "learned": learned}
@@ -97,13 +100,13 @@ def learned(asked: argparse.Namespace) -> Iterator[str]:
     yield "| keep_ratio | `remap` | " + " | ".join(LEARNED) + " |"
     yield "|---" * (2 + len(LEARNED)) + "|"
     for ratio in asked.ratios:
-        for remap in (False, True):
+        for remap in asked.remap:
             cells = []
             for settings in LEARNED.values():
-                common = {"keep_ratio": ratio, "remap": remap}
+                common = {"keep_ratio": ratio, "remap": bool(remap)}
                 training = {"steps": asked.steps, "learning_rate": asked.learning_rate}
                 cells.append(cell(run(asked, {"dobi_svd": {**common, **training, **settings}})))
-            yield f"| {ratio:g} | `{str(remap).lower()}` | " + " | ".join(cells) + " |"
+            yield f"| {ratio:g} | `{str(bool(remap)).lower()}` | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -140,8 +140,10 @@ class DobiSVD(SiteMethod):
 
     @classmethod
     def observation_flops(cls, shapes: tuple[LayerShape, ...], config: DobiSVDConfig) -> float:
-        tokens = NOMINAL_TOKENS
-        total = 0.0
+        """Two forward passes and a backward one per step, decompositions in two of them."""
+        if not config.steps:
+            return 0.0
+        tokens, total = NOMINAL_TOKENS, 0.0
         for s in shapes:
             small = min(s.out_features, s.in_features)
             total += (

@@ -125,7 +125,7 @@ def test_learning_finds_the_layer_of_low_rank():
     low, wide, narrow = (config.rank for config in settle(view, configs()).values())
     assert low <= 0.7 * start[0] and wide + narrow > start[1] + start[2]
     uniform, learned = (view.memory["settled ranks"][key] for key in ("uniform", "learned"))
-    assert learned < 0.995 * uniform
+    assert learned < 0.998 * uniform
     assert len(view.advanced) == 60 and any("learned ranks" in note for note in view.notes)
     penalty = Toy()  # the paper's way to the budget moves them the same way, but less
     assert low < settle(penalty, configs(budget_weight=200.0))["low"].rank < start[0]
