@@ -171,10 +171,13 @@ class CUR(SiteMethod):
 
     @classmethod
     def workspace(cls, shapes: tuple[LayerShape, ...], config: CURConfig) -> int:
-        """Float64: W, M, two of their size on the way, singular vectors and squares; H damped, and its root or its square."""
+        """Float64: W, M, three of their size on the way; H damped, its root or what it is paired with; Gram matrices."""
         m, n = max(s.out_features for s in shapes), max(s.in_features for s in shapes)
         squares = 3 if config.matrix == "full" or config.heal else 2
-        return 8 * (5 * max(s.out_features * s.in_features for s in shapes) + squares * n * n + 3 * min(m, n) ** 2)
+        small = 3 * min(m, n) ** 2
+        if config.selection == "greedy":
+            small = 3 * n * n + m * min(m, cur.DENSE * n)
+        return 8 * (5 * max(s.out_features * s.in_features for s in shapes) + squares * n * n + small)
 
     @classmethod
     def flops(cls, shapes: tuple[LayerShape, ...], config: CURConfig) -> float:
