@@ -18,8 +18,8 @@ Departures from the paper and its code:
   truncated in proportion. The gate stands at k + 1/2, so that k of them are open and full rank changes nothing.
 - The budget is a constraint: the part of the gradient that would change R is taken out before Adam sees it, and each step is
   brought back to R*. The paper adds 200 |R - R*| to the loss (`budget_weight: 200`). That term's gradient is several times
-  that of the perplexity and changes its sign from step to step; Adam, which divides by the size of what it saw, then hardly
-  moves the ranks apart.
+  that of the perplexity and changes its sign from step to step; Adam, which divides by the size of what it saw, then moves the
+  ranks apart more slowly.
 - The bias is outside of what is truncated, in A as in B.
 - Exact decompositions of a whole batch's outputs, in float64, not randomised ones of single sequences.
 - The ranks are those of the best pass over the data, its mean loss against its mean positions, not of the step with the
@@ -63,6 +63,7 @@ NOMINAL_TOKENS = 2048  # of a batch, for the estimate of time
 SAVED_HIDDEN = (
     16  # activations of one block, beside its truncated outputs, that its backward pass needs, in hidden states
 )
+FRAGMENTATION = 2.0  # what the allocator holds over what is alive, measured on a CPU
 LOGIT_COPIES = 4  # logits, their log-probabilities and the gradients of both
 NOT_CALIBRATED = "NOT CALIBRATED: no calibration token reached this layer; it was truncated by its weight alone"
 
@@ -163,7 +164,7 @@ class DobiSVD(SiteMethod):
         block = held + SAVED_HIDDEN * extent.batch_tokens * extent.hidden_size
         working = 2 * max(5 * extent.batch_tokens * n + 5 * n * n for n in small)
         logits = LOGIT_COPIES * extent.batch_tokens * extent.vocab_size
-        return 4 * (weights + hidden + max(block + working, logits))
+        return 4 * (weights + int(FRAGMENTATION * (hidden + max(block + working, logits))))
 
     @classmethod
     def statistics(cls, config: DobiSVDConfig) -> tuple[Request, ...]:

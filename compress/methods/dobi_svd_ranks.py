@@ -30,6 +30,7 @@ from compress.methods.dobi_svd import DobiSVDConfig, budget_of, dense_bytes, ran
 ADAM = (0.9, 0.999, 1e-8)
 LAST = 0.1  # of the learning rate, at the end
 SCALINGS = 50  # until the budget is met: more than one only where some rank is at a bound
+IGNORED = -100  # a token whose loss is not counted
 COMMON = ("steps", "learning_rate", "beta", "budget_weight", "terms")  # settings that are of all layers together
 
 
@@ -109,7 +110,10 @@ def settle(view: View, configs: dict[str, DobiSVDConfig]) -> dict[str, DobiSVDCo
     ranks = uniform
     if settings.steps:
         learner = Learner(view, configs, settings, costs)
-        ranks = _better(view, learner, uniform, costs.settled(learner.learn()))
+        try:
+            ranks = _better(view, learner, uniform, costs.settled(learner.learn()))
+        finally:
+            learner.close()
     spent = [
         rank * float(per) if rank else float(d) for rank, per, d in zip(ranks, costs.per_rank, costs.dense, strict=True)
     ]
@@ -281,20 +285,27 @@ class Learner:
         return moved if self.settings.budget_weight is not None else self.costs.met(moved)
 
     def _loss(self, ids: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token."""
-        model, layers = self._model
+        """Mean cross-entropy of the next token. The last one has none; left out that way, logits are not copied."""
+        model, layers, _ = self._model
         ids = ids.to(layers[0].core.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        return cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
+        logits = model(input_ids=ids, use_cache=False).logits
+        return cross_entropy(logits.flatten(0, 1).float(), following.flatten(), ignore_index=IGNORED)
 
     def _set(self, ranks: Tensor) -> None:
-        _, layers = self._model
+        _, layers, _ = self._model
         for layer, rank in zip(layers, ranks, strict=True):
             layer.rank = rank.to(layer.core.device)
 
+    def close(self) -> None:
+        """Let go of the model, which holds itself through its blocks' forwards."""
+        if "_model" in self.__dict__:
+            for block in self.__dict__.pop("_model")[2]:
+                del block.forward
+
     @cached_property
-    def _model(self) -> tuple[nn.Module, list[TruncatedLinear]]:
-        """The whole model with its layers truncated, its blocks run again in the backward pass."""
+    def _model(self) -> tuple[nn.Module, list[TruncatedLinear], list[nn.Module]]:
+        """The whole model with its layers truncated, those, and its blocks, which run again in the backward pass."""
         model = self.view.model()
         layers = []
         with torch.no_grad():
@@ -303,9 +314,10 @@ class Learner:
                 layer = TruncatedLinear(name, getattr(parent, attribute), self.view.shapes[name], self.settings)
                 setattr(parent, attribute, layer)
                 layers.append(layer)
-        for block in self.view.block_modules(model):
+        blocks = self.view.block_modules(model)
+        for block in blocks:
             block.forward = _run_again(block.forward)  # type: ignore[method-assign]
-        return model, layers
+        return model, layers, blocks
 
 
 def _run_again(forward: Callable[..., Any]) -> Callable[..., Any]:

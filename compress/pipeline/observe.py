@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ def settle(plan: Plan, stage: Callable[[], Stage], source: Path, work: Path, pro
     if not decisions:
         return plan
     settled = plan_source(plan.recipe, plan.source, decisions)
+    peak, seconds = max(plan.peak_bytes, settled.peak_bytes), max(plan.seconds, settled.seconds)
+    settled = replace(settled, peak_bytes=peak, seconds=seconds)  # looking is part of the run
     if settled.bytes_after > plan.bytes_after:
         progress.note(f"settled: {settled.bytes_after:,} bytes of layers, where {plan.bytes_after:,} were planned")
     return settled
