@@ -306,3 +306,14 @@ def test_the_plan_says_what_memory_learning_takes(recipe):
     large = Extent(6_700_000_000, 32, 4096, 32000, 128 * 2048, 2048, shapes)
     assert 27e9 < DobiSVD.observation_bytes(large, DobiSVDConfig()) < 40e9  # the weights are 27 GB of it
     assert DobiSVD.observation_bytes(large, DobiSVDConfig(steps=0)) == 0
+
+
+def test_a_run_with_incremental_pca_loses_more(recipe, text, tmp_path):
+    losses = {}
+    for update in ("closed_form", "ipca"):
+        step = {"dobi_svd": {"keep_ratio": 0.6, "steps": 0, "update": update}}
+        asked = recipe_for(tmp_path / "model", [step], text, evaluation=False)
+        report = run(asked, tmp_path / update).report
+        losses[update] = {layer["name"]: layer["figures"]["loss"] for layer in report["layers"]}
+    first = [name for name in losses["ipca"] if ".0.self_attn.q" in name or ".0.self_attn.k" in name]
+    assert len(first) == 2 and all(losses["closed_form"][name] < losses["ipca"][name] for name in first)
