@@ -101,7 +101,7 @@ def foreign_layouts(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) 
             found[name] = read(name, names, quantization, infos)
     if not found:
         raise CheckpointError(
-            f"{WHERE} describes {quantization['quant_method']} modules, but no tensor *.qweight is stored"
+            f"{WHERE} describes {quantization['quant_method']} modules, but no tensor *.qweight is stored; fetch it again"
         )
     for tensor in infos:
         name, _, suffix = tensor.rpartition(".")

@@ -25,6 +25,7 @@ from compress.errors import CheckpointError, CompressError, NumericsError, Recip
 from compress.pipeline.journal import folder_lock
 from compress.pipeline.run import Machine, run
 from compress.recipe import Recipe
+from compress.report import PAGE
 from tests.pipeline.test_resume import REPORT, WORDS, Phases, assert_no_model, contents
 from tests.tiny_models import save_tiny
 
@@ -294,7 +295,7 @@ C, R, N = CheckpointError, RecipeError, NumericsError
 FAULTS = [
     # the model
     Fault("no such model", C, ("/nowhere", "no such model folder"), settings(model="/nowhere/at/all")),
-    Fault("model out of reach", C, ("nobody/nothing", "check the network", "--set model="), offline),
+    Fault("model out of reach", C, ("nobody/nothing", "check the network", "give its folder"), offline),
     Fault("model is a file", C, ("text.txt", "is a file", "name the folder"), lambda w: settings(model=str(w.text))(w)),
     Fault("no config.json", C, ("model", "no config.json"), remove("config.json")),
     Fault("config.json is no JSON", C, ("config.json", "not JSON", "fetch it again"), replace("config.json", "{,\n}")),
@@ -308,8 +309,9 @@ FAULTS = [
     Fault("other vocabulary in config", C, ("embed_tokens", "288", "vocab_size=300"), config(vocab_size=300)),
     Fault("more blocks in config", C, ("num_hidden_layers=5", "mend"), config(num_hidden_layers=5)),
     Fault("fewer blocks in config", C, ("layers.2", "num_hidden_layers=2", "mend"), config(num_hidden_layers=2)),
-    Fault("quantized by gptq", C, ("model", "'gptq'", "use the original"), quantized_by("gptq")),
-    Fault("quantized by awq", C, ("model", "'awq'", "use the original"), quantized_by("awq")),
+    Fault("quantized by gptq in name only", C, ("model", "gptq", "qweight", "fetch it again"), quantized_by("gptq")),
+    Fault("quantized by awq in name only", C, ("model", "awq", "qweight", "fetch it again"), quantized_by("awq")),
+    Fault("quantized by others", C, ("model", "'exl2'", "use the original"), quantized_by("exl2")),
     Fault("pickled weights", C, ("model", "pickle", "safetensors"), only("pytorch_model.bin")),
     Fault("GGUF", C, ("model", "GGUF", "original"), only("model.gguf")),
     Fault("no weights", C, ("no model.safetensors",), remove("model.safetensors")),
@@ -519,7 +521,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.95])
 def test_a_disk_that_fills_up(share: float, work: Workspace, mount: Callable[..., Path]) -> None:
     expected = work.run().folder
-    pages = sum(-(-f.stat().st_size // 4096) for f in expected.iterdir() if f.name != REPORT)
+    pages = sum(-(-f.stat().st_size // 4096) for f in expected.iterdir() if f.name not in (REPORT, PAGE))
     disk = mount(f"size={int(share * pages) * 4096}")
     work.out = disk / "result"
     work.patch.setattr("compress.pipeline.run.DISK_SLACK", -(2**30))  # or it would be refused from the start
@@ -573,6 +575,9 @@ WRONG: list[tuple[str, Any]] = [
     ("steps.0.gptq.order", "random"), ("steps.0.gptq.bit", 4),
     ("evaluation", 7), ("evaluation", True), ("evaluation.data", 7), ("evaluation.data", []), ("evaluation.length", 1),
     ("evaluation.stride", 0), ("evaluation.max_tokens", 1), ("evaluation.reference", "x"), ("evaluation.lenght", 4),
+    ("evaluation.speed", "fast"), ("evaluation.tasks", 7), ("evaluation.tasks", []), ("evaluation.include_path", 7),
+    ("evaluation.num_fewshot", -1), ("evaluation.limit", 0), ("evaluation.batch_size", 0), ("evaluation.batch_size", "many"),
+    ("evaluation.apply_chat_template", "x"), ("output.push_to_hub", 7), ("output.push_to_hub", {"repo": ""}),
     ("output", 7), ("output.path", 7), ("output.path", ""), ("output.format", "gguf"), ("output.compression", "zip"),
     ("seed", -1), ("seed", "x"), ("sede", 1),
 ]  # fmt: skip
