@@ -127,7 +127,9 @@ class Evaluation(Data):
         None, ge=1, description="tokens between windows [default: length, so they do not overlap]"
     )
     max_tokens: int | None = Field(None, ge=2, description="use the head of the text only")
-    reference: bool = Field(True, description="also KL divergence, top-1 agreement and error by block beside the original")
+    reference: bool = Field(
+        True, description="also KL divergence, top-1 agreement and error by block beside the original"
+    )
     speed: bool = Field(False, description="also tokens per second of both, each whole in memory, as `compress bench`")
     tasks: Strings | None = Field(
         None, description="also these tasks, groups or YAML files of lm-eval, on the original and the result"

@@ -39,7 +39,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (file|not run): ([^\n]*?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GENERATED = re.compile(r"<!-- generated:.*?<!-- end -->", re.DOTALL)
-OTHER_COMMANDS = ("accelerate", "hf", "pip", "python", "python3", "git", "cd", ".", "source", "export")  # left to the reader
+OTHER_COMMANDS = (
+    "accelerate",
+    "hf",
+    "pip",
+    "python",
+    "python3",
+    "git",
+    "cd",
+    ".",
+    "source",
+    "export",
+)  # left to the reader
 SAMPLES, LENGTH, TOKENS = 8, 64, 512
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
