@@ -203,7 +203,7 @@ class Terminal:
             line = [sys.executable, "-m", "compress", "chat", *map(str, arguments)]
             os.execve(sys.executable, line, environment)
 
-    def until(self, text: str, seconds: float = 60) -> str:
+    def until(self, text: str, seconds: float = 240) -> str:
         """What appears, up to `text`."""
         end = time.monotonic() + seconds
         while text not in self.seen:
@@ -221,14 +221,14 @@ class Terminal:
         """Wait for so many more characters."""
         before = len(self.seen)
         while len(self.seen) < before + n:
-            assert select.select([self.descriptor], [], [], 60)[0]
+            assert select.select([self.descriptor], [], [], 240)[0]
             self.seen += os.read(self.descriptor, 10_000).decode(errors="replace")
 
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
     def end(self) -> int:
-        with_end = time.monotonic() + 30
+        with_end = time.monotonic() + 120
         while time.monotonic() < with_end:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
