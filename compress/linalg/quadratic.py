@@ -26,3 +26,14 @@ def row_energy(matrix: Tensor, hessian: Tensor) -> Tensor:
             share = (tile @ block).mul_(matrix[:, other : other + TILE]).sum(1)
             total.add_(share, alpha=1 if other == start else 2)
     return total
+
+
+def energy(matrix: Tensor, hessian: Tensor | None) -> float:
+    """tr(M H M^T), H the identity if None; not below 0, where rounding may lead."""
+    rows = matrix.double().square().sum(1) if hessian is None else row_energy(matrix, hessian.to(matrix.dtype))
+    return max(float(rows.double().sum()), 0.0)
+
+
+def fraction(part: float, whole: float) -> float:
+    """part / whole; 0 where there is nothing to be a part of."""
+    return part / whole if whole > 0 else 0.0

@@ -48,7 +48,7 @@ from compress.errors import NumericsError, RecipeError
 from compress.linalg import cur
 from compress.linalg.finite import all_finite
 from compress.linalg.low_rank import whitener
-from compress.linalg.quadratic import row_energy
+from compress.linalg.quadratic import energy, fraction
 from compress.linalg.ranks import rounded_rank
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask, View
 from compress.methods.rtn import check_weight
@@ -284,13 +284,13 @@ def _figures(layer: Layer, module: CURLinear, found: cur.Link, known: SiteStatis
     difference = layer.weight - module.dense(torch.float32)
     figures = {
         "rank": float(module.spec.rank),
-        "weight_error": _fraction(_energy(difference, None), _energy(layer.weight, None)),
+        "weight_error": fraction(energy(difference, None), energy(layer.weight, None)),
         "largest_link": float(found.link.abs().max()),
     }
     if known is not None and SecondMoment() in known.values:
         hessian = known[SecondMoment()]
-        loss = _energy(difference, hessian)
-        figures["relative_error"] = _fraction(loss, _energy(layer.weight, hessian))
+        loss = energy(difference, hessian)
+        figures["relative_error"] = fraction(loss, energy(layer.weight, hessian))
         figures["loss"] = loss / known.n_tokens
         figures["n_tokens"] = float(known.n_tokens)
     return figures
@@ -306,16 +306,6 @@ def _notes(layer: Layer, spec: CURSpec, found: cur.Link, known: SiteStatistics |
     if found.n_reached < spec.rank:
         notes.append(f"U has rank {found.n_reached} of {spec.rank}: the others of its rows or columns depend on these")
     return notes
-
-
-def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
-    """tr(M H M^T), H the identity if None; not below 0, where rounding may lead."""
-    rows = matrix.double().square().sum(1) if hessian is None else row_energy(matrix, hessian.to(matrix.dtype))
-    return max(float(rows.double().sum()), 0.0)
-
-
-def _fraction(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
 
 
 def _share(shape: LayerShape, rank: int) -> float:

@@ -44,7 +44,7 @@ from compress.calibration.statistics import AbsMean, CrossMoment, Request, Secon
 from compress.errors import NumericsError, RecipeError
 from compress.linalg.finite import all_finite
 from compress.linalg.low_rank import Decomposition, decompose, factors, shifted
-from compress.linalg.quadratic import row_energy
+from compress.linalg.quadratic import energy, fraction
 from compress.linalg.ranks import break_even_rank, rounded_rank, uniform_rank
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
 from compress.methods.rtn import check_weight
@@ -196,13 +196,13 @@ def _figures(
     """
     difference = target.float() - module.dense(torch.float32)
     figures = {
-        "predicted_error": _fraction(found.loss, found.total),
-        "weight_error": _fraction(_energy(difference, None), _energy(layer.weight, None)),
+        "predicted_error": fraction(found.loss, found.total),
+        "weight_error": fraction(energy(difference, None), energy(layer.weight, None)),
     }
     if known is not None and SecondMoment() in known.values:
         hessian = known[SecondMoment()]
-        loss = _energy(difference, hessian)
-        figures["relative_error"] = _fraction(loss, _energy(target.float(), hessian))
+        loss = energy(difference, hessian)
+        figures["relative_error"] = fraction(loss, energy(target.float(), hessian))
         figures["loss"] = loss / known.n_tokens
         figures["n_tokens"] = float(known.n_tokens)
     return figures
@@ -219,16 +219,6 @@ def _notes(layer: Layer, found: Decomposition, known: SiteStatistics | None) -> 
             f"rank {rank} were chosen by the weight alone"
         )
     return notes
-
-
-def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
-    """tr(M H M^T), H the identity if None; not below 0, where rounding may lead."""
-    rows = matrix.double().square().sum(1) if hessian is None else row_energy(matrix, hessian.to(matrix.dtype))
-    return max(float(rows.double().sum()), 0.0)
-
-
-def _fraction(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
 
 
 def _doubles(out_features: int, in_features: int) -> int:

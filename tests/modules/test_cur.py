@@ -15,7 +15,7 @@ from compress.errors import CheckpointError
 from compress.methods.base import Layer, SiteTask
 from compress.methods.rtn import RTN, RTNConfig
 from compress.modules.cur import CURLinear
-from compress.modules.cur_spec import FACTORS, CURSpec
+from compress.modules.cur_spec import CURSpec
 from compress.modules.low_rank_spec import LowRankSpec
 from compress.modules.quantized import QuantizedLinear
 from compress.modules.quantized_spec import QuantizedSpec
@@ -76,7 +76,7 @@ def test_stored_tensors_and_bytes_are_those_of_the_spec(dtype):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("quantized", [(), ("rows",), ("link",), ("columns",), FACTORS])
+@pytest.mark.parametrize("quantized", [(), ("rows",), ("link",), ("columns",), CURSpec.factors])
 def test_from_spec_can_be_filled(bias, quantized):
     m = module(bias=bias)
     for leaf in quantized:
@@ -94,12 +94,12 @@ def test_from_spec_can_be_filled(bias, quantized):
 
 def test_held_copies_of_rounded_factors_change_nothing_and_are_not_kept():
     m = module()
-    for leaf in FACTORS:
+    for leaf in CURSpec.factors:
         m = m.with_leaf(leaf, rounded(m, leaf), None)
     x = random(5, IN, seed=3)
     expected, keys = m(x), list(m.state_dict())
     m.hold(torch.float32)
-    assert all(getattr(m, leaf).held is not None for leaf in FACTORS) and m.held is None
+    assert all(getattr(m, leaf).held is not None for leaf in CURSpec.factors) and m.held is None
     torch.testing.assert_close(m(x), expected)
     assert list(m.state_dict()) == keys
     assert copy.deepcopy(m).link.held is None and pickle.loads(pickle.dumps(m)).link.held is None
@@ -116,7 +116,7 @@ def test_leaves_and_how_their_inputs_follow():
     x = random(50, IN, seed=4)
     leaves = m.leaves()
     assert {name: tuple(leaf.weight.shape) for name, leaf in leaves.items()} == m.spec.leaf_shapes()
-    assert list(leaves) == list(FACTORS)
+    assert list(leaves) == list(CURSpec.factors)
     assert leaves["rows"].input_map is None
     seen = {}
     for name in leaves:
@@ -135,7 +135,7 @@ def test_what_comes_behind_a_changed_leaf_is_refitted(leaf, refitted, same):
     before = m.dense(torch.float32).clone()
     coarse = rounded(m, leaf, bits=3)
     fitted = m.with_leaf(leaf, coarse, (x.T @ x).double())
-    stale = CURLinear(fitted.spec, **{name: coarse if name == leaf else getattr(m, name) for name in FACTORS})
+    stale = CURLinear(fitted.spec, *(coarse if name == leaf else getattr(m, name) for name in CURSpec.factors))
 
     def outputs(u: CURLinear) -> torch.Tensor:
         return (x @ u.dense(torch.float32).T).double()
