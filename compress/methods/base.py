@@ -33,13 +33,21 @@ class MethodConfig(BaseModel):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer as the plan knows it. `kind` "embedding" is a lookup table [vocabulary, hidden], which has no inputs."""
+    """A layer as the plan knows it. `kind` "embedding" is a lookup table [vocabulary, hidden], which has no inputs.
+
+    `role`: what it is to attention (query, key, value, output); None for any other, and for fused ones. Leaves have none.
+    """
 
     name: str
     out_features: int
     in_features: int
     kind: Literal["linear", "embedding"] = "linear"
     bias: bool = False
+    role: Literal["q", "k", "v", "o"] | None = None
+
+
+Sizes = Callable[[str, ModuleSpec | None], int]
+"""Bytes of a layer in the result if the step stores it as a spec (None: leaves it as it is), later steps applied."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +117,14 @@ class View(ABC):
         blocks: the block of each of them; None: the head or the token table.
         n_blocks: how many the model has.
         batches: the calibration tokens [rows, length]; rows of a batch are of one length.
+        nbytes: what the layers take in the result, for what the method may store them as.
     """
 
     shapes: Mapping[str, LayerShape]
     blocks: Mapping[str, int | None]
     n_blocks: int
     batches: Sequence[Tensor]
+    nbytes: Sizes
 
     @abstractmethod
     def sites(self) -> Iterator[tuple[SiteTask, SiteStatistics | None]]:
@@ -200,6 +210,15 @@ class SiteMethod(ABC):
         and the same for the same seed.
         """
         raise NotImplementedError
+
+    @classmethod
+    def foresee(  # noqa: B027  most have nothing to foresee
+        cls, shapes: Mapping[str, LayerShape], configs: dict[str, Any], nbytes: Sizes
+    ) -> None:
+        """Refuse in the plan what `observe` would have to refuse: a budget that no choice meets. `configs` as there.
+
+        Raises: RecipeError with the value that works.
+        """
 
     @classmethod
     def observation_flops(cls, shapes: tuple[LayerShape, ...], config: Any) -> float:

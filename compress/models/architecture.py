@@ -38,6 +38,16 @@ class Site:
     producer: Producer | None = None
     expert: int | None = None
 
+    def role(self, linear: str) -> Literal["q", "k", "v", "o"] | None:
+        """What one of its linears is to attention: query, key, value, output; None for any other, and where they are fused.
+
+        The three that read the input of attention are in this order in every family's table.
+        """
+        if self.kind == "attn_in" and len(self.linears) == 3:
+            roles: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+            return roles[self.linears.index(linear)]
+        return "o" if self.kind == "attn_out" else None
+
     @property
     def layer_kind(self) -> Literal["linear", "embedding"]:
         """What its layers are."""

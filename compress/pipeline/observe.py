@@ -28,7 +28,7 @@ from compress.models.families import module_name
 from compress.pipeline.output import OBSERVED
 from compress.pipeline.plan import Plan, plan_source
 from compress.pipeline.stage import Call, Stage
-from compress.pipeline.steps import Decisions, StepPlan
+from compress.pipeline.steps import Decisions, StepPlan, sizes
 from compress.pipeline.targets import Target
 
 if TYPE_CHECKING:
@@ -125,7 +125,10 @@ class StageView(View):
         self._plan, self._stage, self._source, self._memory, self._progress = plan, stage, source, memory, progress
         self._step = StepPlan(step.number, step.method, observing, step.specs, step.needs_data, step.needs_original)
         layers = {name: plan.layers[name] for name in observing}
-        self.shapes = {n: LayerShape(n, layer.out_features, layer.in_features) for n, layer in layers.items()}
+        roles = {name: site.role(name) for site in plan.architecture.all_sites() for name in site.linears}
+        self.shapes = {n: LayerShape(n, y.out_features, y.in_features, role=roles[n]) for n, y in layers.items()}
+        steps = [step for stage_ in plan.stages for step in stage_]
+        self.nbytes = sizes(steps, step.number, self.shapes, plan.source_specs, plan.float_dtype)
         self.blocks = {name: layer.block for name, layer in layers.items()}
         self.n_blocks = plan.architecture.n_blocks
         self.batches = stage.batches

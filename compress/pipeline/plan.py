@@ -20,7 +20,7 @@ from compress.errors import CheckpointError, RecipeError, naming
 from compress.models.architecture import Architecture, Site
 from compress.models.families import architecture_of
 from compress.modules.spec import DTYPE_BYTES, ModuleSpec
-from compress.pipeline.steps import Decisions, StepPlan, methods_of, plan_steps
+from compress.pipeline.steps import Decisions, StepPlan, foresee, methods_of, plan_steps
 
 if TYPE_CHECKING:
     from compress.methods.base import LayerShape
@@ -145,6 +145,7 @@ def plan_source(recipe: Recipe, source: Source, decisions: Decisions | None = No
     float_dtype = FLOAT_DTYPES.get(recipe.model.dtype) or stored_float_dtype(source)
     weights = _weights(source, architecture, source_specs)
     steps = plan_steps(recipe.steps, weights, source_specs, decisions)
+    foresee(steps, weights, source_specs, float_dtype)
     layers = _plan_layers(steps, architecture, weights, source, source_specs, float_dtype)
     specs = described(source_specs, layers)
     format_, reason = _choose_format(recipe.output.format, specs, architecture)
@@ -227,7 +228,7 @@ def _weights(
                     )
                 flipped = architecture.transposed and site.kind not in ("head", "embedding")
                 out_features, in_features = reversed(shape) if flipped else shape
-            weights[name] = (site, LayerShape(name, out_features, in_features, site.layer_kind, bias))
+            weights[name] = (site, LayerShape(name, out_features, in_features, site.layer_kind, bias, site.role(name)))
     return weights
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING
 
-from compress.errors import RecipeError
+from compress.errors import RecipeError, naming
 from compress.models.architecture import Site
-from compress.modules.spec import ModuleSpec
+from compress.modules.spec import DTYPE_BYTES, ModuleSpec
 from compress.patterns import select
 
 if TYPE_CHECKING:
-    from compress.methods.base import Kept, LayerShape, MethodConfig, SiteMethod
+    from compress.methods.base import Kept, LayerShape, MethodConfig, SiteMethod, Sizes
     from compress.recipe import Step
 
 Decisions = dict[
@@ -66,6 +66,45 @@ def plan_steps(
     return tuple(planned)
 
 
+def sizes(
+    steps: Sequence[StepPlan],
+    number: int,
+    shapes: Mapping[str, LayerShape],
+    source_specs: Mapping[str, ModuleSpec],
+    float_dtype: str,
+) -> Sizes:
+    """What layers take in the result, for what step `number` may store them as."""
+    from compress.methods.base import Kept
+
+    before = dict(source_specs)
+    for step in steps[:number]:
+        before.update(step.specs)
+
+    def nbytes(name: str, spec: ModuleSpec | None) -> int:
+        current, shape = spec or before.get(name), shapes[name]
+        for step in steps[number + 1 :]:
+            if name in step.configs:
+                found = _spec_after(_where(step.number, step.method), step.method, step.configs[name], shape, current)
+                current = current if isinstance(found, Kept) else found
+        dense = DTYPE_BYTES[float_dtype] * shape.out_features * shape.in_features
+        return dense if current is None else current.nbytes(float_dtype)
+
+    return nbytes
+
+
+def foresee(
+    steps: Sequence[StepPlan], weights: Weights, source_specs: Mapping[str, ModuleSpec], float_dtype: str
+) -> None:
+    """Lets methods refuse what they could not settle later. Raises: RecipeError naming the step."""
+    shapes = {name: shape for name, (_, shape) in weights.items()}
+    for step in steps:
+        configs = {name: config for name, config in step.configs.items() if step.method.observes(config)}
+        if configs:
+            with naming(_where(step.number, step.method)):
+                nbytes = sizes(steps, step.number, shapes, source_specs, float_dtype)
+                step.method.foresee({name: shapes[name] for name in configs}, configs, nbytes)
+
+
 def leaf_name(name: str, leaf: str) -> str:
     """How a leaf of layer `name` is called in messages, reports and on disk."""
     return f"{name}.{leaf}" if leaf else name
@@ -102,7 +141,7 @@ def _plan_step(
 ) -> StepPlan:
     from compress.methods.base import Kept
 
-    where = f"steps.{number}.{method.name}"
+    where = _where(number, method)
     kept = {name: choice.reason for name, choice in choices.items() if isinstance(choice, Kept)}
     configs = {name: choice for name, choice in choices.items() if not isinstance(choice, Kept)}
     requests = {request for config in configs.values() for request in method.statistics(config)}
@@ -127,6 +166,10 @@ def _plan_step(
     used = {name: config for name, config in configs.items() if name in specs}
     needs_data = any(method.needs_tokens(config) for config in used.values())
     return StepPlan(number, method, used, specs, needs_data, needs_original, kept)
+
+
+def _where(number: int, method: type[SiteMethod]) -> str:
+    return f"steps.{number}.{method.name}"
 
 
 def _spec_after(
