@@ -19,6 +19,8 @@ the logits. As fractions of each layer's own energy, losses do not compare (on t
 compares them does worse than the uniform one). `importance` of a layer is for that: its whole energy times the mean squared
 gradient of the model's loss by its outputs makes sigma_i^2 what the loss is expected to rise by, up to a factor of 2.
 
+Ranks that are known up to a factor (learned, or LoRAP's) become scores by `proportional`.
+
 `spend` takes directions by falling score while the budget of bytes lasts. `choose` does it for any set of choices, along
 the lower convex hull of loss over bytes, on which the greedy choice is optimal up to one step.
 """
@@ -169,6 +171,15 @@ def candidate(
         [*costs[:n_cheaper], dense_bytes],
         [*scores[:n_cheaper].tolist(), float(last)],
     )
+
+
+def proportional(
+    wanted: float, full: int, multiple: int, bytes_at: Callable[[int], int], dense_bytes: int
+) -> Candidate:
+    """A layer whose rank is to be in proportion to `wanted`, infinity where it is to be dense; the rest as in `candidate`."""
+    ranks = [rank for rank in range(multiple, full + 1, multiple) if bytes_at(rank) < dense_bytes]
+    steps = [*ranks, (ranks[-1] if ranks else 0) + multiple]  # the last: where dense begins
+    return Candidate([*ranks, None], [*map(bytes_at, ranks), dense_bytes], [-rank / wanted for rank in steps])
 
 
 def _scores(values: Array, ranks: NDArray[np.int64], costs: NDArray[np.int64], rule: Rule) -> Array:

@@ -211,10 +211,8 @@ class SiteMethod(ABC):
         """
         raise NotImplementedError
 
-    @classmethod
-    def foresee(  # noqa: B027  most have nothing to foresee
-        cls, shapes: Mapping[str, LayerShape], configs: dict[str, Any], nbytes: Sizes
-    ) -> None:
+    @classmethod  # noqa: B027  most have nothing to foresee
+    def foresee(cls, shapes: Mapping[str, LayerShape], configs: dict[str, Any], nbytes: Sizes) -> None:
         """Refuse in the plan what `observe` would have to refuse: a budget that no choice meets. `configs` as there.
 
         Raises: RecipeError with the value that works.

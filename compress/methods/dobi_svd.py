@@ -52,6 +52,7 @@ from compress.linalg.remap import remap
 from compress.methods.base import Extent, Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask, View
 from compress.methods.rtn import check_weight
 from compress.methods.svd import EIGEN_FLOPS, SVD
+from compress.methods.whole_model import backward_bytes
 from compress.modules.low_rank import LowRankLinear
 from compress.modules.low_rank_spec import LowRankSpec
 from compress.modules.remapped import RemappedLinear
@@ -60,11 +61,6 @@ from compress.modules.remapped_spec import RemappedSpec
 FLOAT_BYTES = 2  # budgets count floats at 16 bits, whatever the model stores
 IPCA_TOKENS = 16384  # inputs kept of each site for update=ipca
 NOMINAL_TOKENS = 2048  # of a batch, for the estimate of time
-SAVED_HIDDEN = (
-    16  # activations of one block, beside its truncated outputs, that its backward pass needs, in hidden states
-)
-FRAGMENTATION = 2.0  # what the allocator holds over what is alive, measured on a CPU
-LOGIT_COPIES = 4  # logits, their log-probabilities and the gradients of both
 NOT_CALIBRATED = "NOT CALIBRATED: no calibration token reached this layer; it was truncated by its weight alone"
 
 
@@ -158,13 +154,10 @@ class DobiSVD(SiteMethod):
         if not config.steps:
             return 0
         weights = extent.n_weights + sum(s.in_features**2 for s in extent.shapes if s.out_features > s.in_features)
-        hidden = extent.n_blocks * extent.batch_tokens * extent.hidden_size
         small = [min(s.out_features, s.in_features) for s in extent.shapes]
         held = sum(2 * n * n + extent.batch_tokens * n for n in small) // max(extent.n_blocks, 1)  # vectors are float64
-        block = held + SAVED_HIDDEN * extent.batch_tokens * extent.hidden_size
         working = 2 * max(5 * extent.batch_tokens * n + 5 * n * n for n in small)
-        logits = LOGIT_COPIES * extent.batch_tokens * extent.vocab_size
-        return 4 * (weights + int(FRAGMENTATION * (hidden + max(block + working, logits))))
+        return 4 * weights + backward_bytes(extent, held + working)
 
     @classmethod
     def statistics(cls, config: DobiSVDConfig) -> tuple[Request, ...]:

@@ -11,26 +11,25 @@ a single block needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import linear
 
 from compress.errors import NumericsError, RecipeError
-from compress.linalg.ranks import Candidate, spend
+from compress.linalg.ranks import proportional, spend
 from compress.linalg.svd_gradient import truncate
 from compress.methods.base import Kept, LayerShape, View
 from compress.methods.dobi_svd import DobiSVDConfig, budget_of, dense_bytes, rank_bytes
+from compress.methods.whole_model import next_token_loss, run_again, run_once
 
 ADAM = (0.9, 0.999, 1e-8)
 LAST = 0.1  # of the learning rate, at the end
 SCALINGS = 50  # until the budget is met: more than one only where some rank is at a bound
-IGNORED = -100  # a token whose loss is not counted
 COMMON = ("steps", "learning_rate", "beta", "budget_weight", "terms")  # settings that are of all layers together
 
 
@@ -90,15 +89,13 @@ class Costs:
         What is left of the budget is less than another step of any layer that is not dense takes.
         Raises: RecipeError if the least ranks take more.
         """
-        candidates = []
-        for fraction, full, per_rank, dense, multiple in zip(
-            fractions.tolist(), self.full.long().tolist(), self.per_rank.long().tolist(), self.dense.long().tolist(),
-            self.multiples, strict=True,
-        ):  # fmt: skip
-            ranks = [rank for rank in range(multiple, full + 1, multiple) if rank * per_rank < dense]
-            wanted = [*ranks, (ranks[-1] if ranks else 0) + multiple]  # the last: where dense begins
-            scores = [-rank / (fraction * full) for rank in wanted]
-            candidates.append(Candidate([*ranks, None], [*(rank * per_rank for rank in ranks), dense], scores))
+        columns = (column.long().tolist() for column in (self.full, self.per_rank, self.dense))
+        candidates = [
+            proportional(fraction * full, full, multiple, per_rank.__mul__, dense)
+            for fraction, multiple, full, per_rank, dense in zip(
+                fractions.tolist(), self.multiples, *columns, strict=True
+            )
+        ]
         return spend(candidates, self.budget)
 
 
@@ -106,14 +103,10 @@ def settle(view: View, configs: dict[str, DobiSVDConfig]) -> dict[str, DobiSVDCo
     """The rank of every layer: what `DobiSVD.observe` answers."""
     settings = _common(configs)
     costs = Costs.of(view.shapes, configs)
-    uniform = costs.settled(costs.start())  # what cannot be met is refused before anything is learned
-    ranks = uniform
     if settings.steps:
-        learner = Learner(view, configs, settings, costs)
-        try:
-            ranks = _better(view, learner, uniform, costs.settled(learner.learn()))
-        finally:
-            learner.close()
+        ranks = learned_ranks(view, list(configs), settings, costs, costs.settled)
+    else:
+        ranks = costs.settled(costs.start())
     spent = [
         rank * float(per) if rank else float(d) for rank, per, d in zip(ranks, costs.per_rank, costs.dense, strict=True)
     ]
@@ -124,6 +117,26 @@ def settle(view: View, configs: dict[str, DobiSVDConfig]) -> dict[str, DobiSVDCo
         else config.model_copy(update={"rank": rank})
         for (name, config), rank in zip(configs.items(), ranks, strict=True)
     }
+
+
+def learned_ranks(
+    view: View,
+    names: Sequence[str],
+    settings: DobiSVDConfig,
+    costs: Costs,
+    settled: Callable[[Tensor], list[int | None]],
+) -> list[int | None]:
+    """The rank of each of the layers `names`, None for dense: learned, or uniform if that turns out better.
+
+    Args:
+        settled: whole ranks in proportion to fractions of full rank, within the budget.
+    """
+    uniform = settled(costs.start())  # what cannot be met is refused before anything is learned
+    learner = Learner(view, names, settings, costs)
+    try:
+        return _better(view, learner, uniform, settled(learner.learn()))
+    finally:
+        learner.close()
 
 
 def _better(view: View, learner: Learner, uniform: list[int | None], learned: list[int | None]) -> list[int | None]:
@@ -192,8 +205,8 @@ class TruncatedLinear(nn.Module):
 class Learner:
     """The ranks of all layers, and the model that says how good they are."""
 
-    def __init__(self, view: View, configs: Mapping[str, DobiSVDConfig], settings: DobiSVDConfig, costs: Costs):
-        self.view, self.names, self.settings, self.costs = view, list(configs), settings, costs
+    def __init__(self, view: View, names: Iterable[str], settings: DobiSVDConfig, costs: Costs):
+        self.view, self.names, self.settings, self.costs = view, list(names), settings, costs
 
     def learn(self) -> Tensor:
         """Fractions of full rank: the mean of the pass over the batches whose mean loss was lowest."""
@@ -285,12 +298,8 @@ class Learner:
         return moved if self.settings.budget_weight is not None else self.costs.met(moved)
 
     def _loss(self, ids: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token. The last one has none; left out that way, logits are not copied."""
-        model, layers, _ = self._model
-        ids = ids.to(layers[0].core.device)
-        following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
-        logits = model(input_ids=ids, use_cache=False).logits
-        return cross_entropy(logits.flatten(0, 1).float(), following.flatten(), ignore_index=IGNORED)
+        model, _, _ = self._model
+        return next_token_loss(model, ids)
 
     def _set(self, ranks: Tensor) -> None:
         _, layers, _ = self._model
@@ -300,8 +309,7 @@ class Learner:
     def close(self) -> None:
         """Let go of the model, which holds itself through its blocks' forwards."""
         if "_model" in self.__dict__:
-            for block in self.__dict__.pop("_model")[2]:
-                del block.forward
+            run_once(self.__dict__.pop("_model")[2])
 
     @cached_property
     def _model(self) -> tuple[nn.Module, list[TruncatedLinear], list[nn.Module]]:
@@ -315,15 +323,5 @@ class Learner:
                 setattr(parent, attribute, layer)
                 layers.append(layer)
         blocks = self.view.block_modules(model)
-        for block in blocks:
-            block.forward = _run_again(block.forward)  # type: ignore[method-assign]
+        run_again(blocks)
         return model, layers, blocks
-
-
-def _run_again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, of which nothing but the inputs is kept for the backward pass."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return run
