@@ -31,9 +31,11 @@ MOMENT_TILE = 256  # columns of a tile of X^T X: as fast as wide ones from here 
 class Request:
     """One statistic of a site's input. Subclasses say what it costs; `needs_original` adds the original model's stream.
 
-    `linear`: what it is of T x follows from what it is of x (`mapped`); others cannot be had for a leaf inside a module.
+    `what`: its name in messages. `linear`: what it is of T x follows from what it is of x (`mapped`); others cannot be had for
+    a leaf inside a module.
     """
 
+    what: ClassVar[str] = "a statistic"
     needs_original: ClassVar[bool] = False
     linear: ClassVar[bool] = False
 
@@ -71,6 +73,7 @@ def _congruent(moment: Tensor, input_map: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SecondMoment(Request):
+    what: ClassVar[str] = "the second moment"
     linear: ClassVar[bool] = True
 
     def mapped(self, value: Tensor, input_map: Tensor) -> Tensor:
@@ -88,6 +91,7 @@ class SecondMoment(Request):
 
 @dataclass(frozen=True)
 class CrossMoment(Request):
+    what: ClassVar[str] = "the cross moment"
     needs_original: ClassVar[bool] = True
     linear: ClassVar[bool] = True
 
@@ -106,6 +110,8 @@ class CrossMoment(Request):
 
 @dataclass(frozen=True)
 class AbsMean(Request):
+    what: ClassVar[str] = "the mean size"
+
     def nbytes(self, in_features: int) -> int:
         return 8 * in_features
 
@@ -115,6 +121,8 @@ class AbsMean(Request):
 
 @dataclass(frozen=True)
 class AbsMax(Request):
+    what: ClassVar[str] = "the largest size"
+
     def nbytes(self, in_features: int) -> int:
         return 4 * in_features
 
@@ -128,6 +136,7 @@ class Sample(Request):
 
     n: int
 
+    what: ClassVar[str] = "a sample"
     linear: ClassVar[bool] = True
 
     def mapped(self, value: Tensor, input_map: Tensor) -> Tensor:
@@ -149,6 +158,15 @@ class SiteStatistics:
 
     def __getitem__(self, request: Request) -> Tensor:
         return self.values[request]
+
+    def require_finite(self, where: str) -> None:
+        """Raises: NumericsError naming `where` (layers and step) if any value holds NaN or infinity."""
+        for request, value in self.values.items():
+            if not all_finite(value):
+                raise NumericsError(
+                    f"{where}: {request.what} of the inputs holds NaN or infinity: activations overflow or weights hold NaN; "
+                    f"try calibration.dtype=float32, or check the checkpoint with: compress inspect"
+                )
 
     def mapped(self, input_map: Tensor | None) -> SiteStatistics:
         """Those of T x, T = `input_map` [n, in_features]; of x itself where it is None."""
@@ -270,10 +288,6 @@ class StatisticsGatherer:
     def result(self, where: str) -> SiteStatistics:
         """Raises: NumericsError naming `where` if anything gathered is not finite."""
         values = {request: accumulator.result() for request, accumulator in self.accumulators.items()}
-        for request, value in values.items():
-            if not all_finite(value):
-                raise NumericsError(
-                    f"{where}: {type(request).__name__} of the layer inputs is not finite: the activations overflow or the "
-                    f"weights hold NaN; try calibration.dtype=float32, or check the checkpoint with: compress inspect"
-                )
-        return SiteStatistics(self.n_tokens, values)
+        statistics = SiteStatistics(self.n_tokens, values)
+        statistics.require_finite(where)
+        return statistics

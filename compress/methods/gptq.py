@@ -42,7 +42,6 @@ from compress.calibration.statistics import CrossMoment, Request, SecondMoment, 
 from compress.errors import NumericsError
 from compress.linalg.cholesky import InverseFactor, inverse_factor
 from compress.linalg.error_feedback import round_columns
-from compress.linalg.finite import all_finite
 from compress.linalg.grid import Grid
 from compress.linalg.order import act_order, group_aware_order
 from compress.linalg.quadratic import row_energy
@@ -145,12 +144,8 @@ class Curvature:
 
 def _compress_site(layers: list[Layer], statistics: SiteStatistics) -> dict[str, Outcome]:
     """Layers with calibrated inputs: equal settings share a loop, equal damping and order a factor."""
+    statistics.require_finite(f"{', '.join(layer.name for layer in layers)}: gptq")
     hessian = statistics[SecondMoment()]
-    if not all_finite(hessian):
-        raise NumericsError(
-            f"{', '.join(layer.name for layer in layers)}: the second moment of the inputs holds NaN or infinity: activations "
-            f"overflow; calibrate in float32, or check the checkpoint"
-        )
     dead = hessian.diagonal() == 0
     curvatures: dict[object, Curvature | NumericsError] = {}
     outcomes: dict[str, Outcome] = {}

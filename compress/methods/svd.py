@@ -130,12 +130,8 @@ class SVD(SiteMethod):
     def compress(
         cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
     ) -> dict[str, Outcome]:
-        hessian = None if statistics is None else statistics.values.get(SecondMoment())
-        if hessian is not None and not all_finite(hessian):
-            raise NumericsError(
-                f"{', '.join(layer.name for layer in site.layers)}: svd: the second moment of the inputs holds NaN or infinity: "
-                f"activations overflow; calibrate in float32, or check the checkpoint"
-            )
+        if statistics is not None:
+            statistics.require_finite(f"{', '.join(layer.name for layer in site.layers)}: svd")
         return {layer.name: _compress_layer(layer, statistics) for layer in site.layers}
 
 
