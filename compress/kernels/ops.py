@@ -1,9 +1,11 @@
 """The operations of compressed modules: their schemas, and a reference in torch for each.
 
-The reference is what a faster implementation must equal, and what runs where there is none. This room knows torch only.
+The reference is what a faster implementation must equal, and what runs where there is none. This room knows torch, and
+of ours what Hadamard matrices are.
 
-    quantized_linear:  x @ weight.T + bias,  weight = (codes - zero_point) * scale  rounded to the dtype of `scale`,
-                       then taken in the dtype of x
+    quantized_linear:   x @ weight.T + bias,  weight = (codes - zero_point) * scale  rounded to the dtype of `scale`,
+                        then taken in the dtype of x
+    hadamard_transform: x @ H or x @ H.T,  H block-diagonal, orthonormal
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.kernels.packing import dequantize, unpack, unpack_entries
+from compress.linalg import hadamard
 
 TILE = 1 << 20  # weights dequantised at a time: 4 MB in float32, whatever the size of the matrix
 
@@ -23,6 +26,7 @@ LIBRARY.define(
     "quantized_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
     "int bits, int group_size, int in_features) -> Tensor"
 )
+LIBRARY.define("hadamard_transform(Tensor x, int block_size, bool transposed) -> Tensor")
 
 
 def quantized_linear(
@@ -129,3 +133,34 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 LIBRARY.impl("quantized_linear", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("quantized_linear", _meta, "Meta")
 torch.library.register_autograd("compress::quantized_linear", _backward, setup_context=_remember, lib=LIBRARY)
+
+
+def hadamard_transform(x: Tensor, block_size: int, transposed: bool = False) -> Tensor:
+    """The Hadamard transform of activations, along the last axis: x @ H, or x @ H.T.
+
+    Args:
+        x: [..., n], any float dtype; computed in float64 if x is, else in float32; any strides, may be empty.
+        block_size: of the diagonal blocks of H; divides n, and has a matrix (`compress.linalg.hadamard_orders.factors`).
+
+    Returns: [..., n] in the dtype of x.
+    """
+    return torch.ops.compress.hadamard_transform(x, block_size, transposed)
+
+
+def _transform_meta(x: Tensor, block_size: int, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _transform_remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.block_size, ctx.transposed = inputs
+
+
+def _transform_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return hadamard_transform(grad, ctx.block_size, not ctx.transposed), None, None
+
+
+LIBRARY.impl("hadamard_transform", hadamard.transformed, "CompositeExplicitAutograd")
+LIBRARY.impl("hadamard_transform", _transform_meta, "Meta")
+torch.library.register_autograd(
+    "compress::hadamard_transform", _transform_backward, setup_context=_transform_remember, lib=LIBRARY
+)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from compress.kernels.ops import quantized_linear
+from compress.kernels.ops import hadamard_transform, quantized_linear
+from compress.linalg.hadamard import hadamard
 from compress.modules.quantized import QuantizedLinear
 from compress.modules.quantized_spec import QuantizedSpec
 
@@ -61,3 +62,20 @@ def test_gradients_of_input_and_bias(monkeypatch):
     x = torch.randn(2, 3, 40, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(functional.linear(x, module.dense(), module.bias).square().sum(), (x, module.bias))
     torch.testing.assert_close(torch.autograd.grad(module(x).square().sum(), (x, module.bias)), expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("n", "block_size"), [(28, 28), (56, 4), (64, 64)])
+def test_hadamard_transform(n, block_size, transposed):
+    x = torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True)
+    dense = torch.block_diag(*[hadamard(block_size)] * (n // block_size))
+    expected = x @ (dense.T if transposed else dense)
+    out = hadamard_transform(x, block_size, transposed)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(x)
+    torch.testing.assert_close(torch.autograd.grad(out, x, weight), torch.autograd.grad(expected, x, weight))
+    op = torch.ops.compress.hadamard_transform.default
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(op, (torch.randn(2, 3, n).to(dtype), block_size, transposed))
+        torch.library.opcheck(op, (torch.randn(n, 3, dtype=dtype).T.requires_grad_(), block_size, transposed))
+    assert op(torch.empty(0, n), block_size, transposed).shape == (0, n)
