@@ -110,7 +110,7 @@ class HiddenStates:
     """One tensor per batch. The batches that fit into the allowance stay in memory; the others go to disk."""
 
     def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, allowance: Allowance, folder: Path):
-        self.shapes, self.dtype, self.allowance = shapes, dtype, allowance
+        self.shapes, self.dtype, self.allowance = list(shapes), dtype, allowance
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
         self.in_memory = [allowance.take(size) for size in sizes]
         self._taken = sum(size for size, here in zip(sizes, self.in_memory, strict=True) if here)
@@ -131,8 +131,12 @@ class HiddenStates:
         return tensor
 
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
-        assert tuple(hidden.shape) == self.shapes[batch] and hidden.dtype == self.dtype
+        assert hidden.shape[:-1] == self.shapes[batch][:-1] and hidden.dtype == self.dtype
         hidden = hidden.cpu().contiguous()
+        if hidden.shape != self.shapes[batch]:  # the stream's width changes
+            if hidden.shape[-1] > self.shapes[batch][-1]:
+                self._slots.pop(batch, None)
+            self.shapes[batch] = tuple(hidden.shape)
         self.finite = self.finite and bool(torch.isfinite(hidden).all())
         if self.in_memory[batch]:
             self._held[batch] = hidden

@@ -3,7 +3,8 @@
 Two forms: compressed-tensors where it can hold the modules (`standard.py`), else our own:
 
     "quantization_config": {"quant_method": "compress", "format_version": 1,
-                            "modules": [{<fields of a spec>, "names": ["model.layers.[0-31].mlp.up_proj", …]}, …]}
+                            "modules": [{<fields of a spec>, "names": ["model.layers.[0-31].mlp.up_proj", …]}, …],
+                            "structure": {<what else differs from the model that transformers builds>}}
     "transformers_weights": <a sentence for those who lack this package>
 
 Nothing that stands there is believed: it is checked, and held to the tensors on disk, before anything is allocated.
@@ -19,6 +20,7 @@ from compress.checkpoint.names import compact, expand
 from compress.checkpoint.standard import STANDARD, standard_config, standard_holds, standard_modules
 from compress.errors import CheckpointError
 from compress.models.architecture import Architecture
+from compress.models.structure import Structure
 from compress.modules.spec import ModuleSpec, spec_from_dict
 
 if TYPE_CHECKING:
@@ -51,17 +53,18 @@ def quantization_config(format_: str, specs: Mapping[str, ModuleSpec], architect
         format_: "compressed-tensors" (which `standard_holds`) or "compress".
         specs: its replaced modules by name on disk.
     """
-    return standard_config(specs, architecture) if format_ == STANDARD else own_config(specs)
+    return standard_config(specs, architecture) if format_ == STANDARD else own_config(specs, architecture.structure)
 
 
-def own_config(specs: Mapping[str, ModuleSpec]) -> dict[str, Any]:
+def own_config(specs: Mapping[str, ModuleSpec], structure: Structure) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint in our own format."""
     names: dict[ModuleSpec, list[str]] = {}
     for name, spec in specs.items():
         names.setdefault(spec, []).append(name)
     described = sorted((compact(alike), spec) for spec, alike in names.items())
     modules = [{**spec.to_dict(), "names": alike} for alike, spec in described]
-    return {"quant_method": OWN, "format_version": FORMAT_VERSION, "modules": modules}
+    written: dict[str, Any] = {"quant_method": OWN, "format_version": FORMAT_VERSION, "modules": modules}
+    return written if structure.plain else {**written, "structure": structure.to_dict()}
 
 
 def modules_of(config: Mapping[str, Any], infos: Mapping[str, TensorInfo] | None = None) -> dict[str, ModuleSpec]:

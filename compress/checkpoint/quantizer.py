@@ -37,6 +37,8 @@ from compress.errors import CheckpointError, RecipeError
 from compress.models.architecture import Architecture
 from compress.models.experts import unfuse_experts, without_expert_converters
 from compress.models.families import architecture_of, disk_name, module_name
+from compress.models.restructure import StreamNorm, restructure
+from compress.models.structure import Structure
 from compress.modules.base import CompressedModule
 from compress.modules.registry import module_class
 from compress.modules.spec import ModuleSpec
@@ -89,10 +91,12 @@ class CompressQuantizer(HfQuantizer):
         architecture = _architecture(config, infos)
         if architecture is not None:
             of_experts = {n for site in architecture.all_sites() if site.expert is not None for n in site.linears}
-            self.unfused = not of_experts.isdisjoint(specs)
+            self.unfused = not of_experts.isdisjoint(specs) or bool(of_experts and not architecture.structure.plain)
             if self.unfused:
                 unfuse_experts(model, architecture)
         cut = _cut_prefix(model)
+        if architecture is not None:
+            restructure(model, architecture, cut)
         self.complete = not cut
         for name, spec in specs.items():
             inner = module_name(architecture, name) if architecture is not None else name
@@ -133,14 +137,14 @@ class CompressQuantizer(HfQuantizer):
                 "standard": quantization_config(STANDARD, specs, architecture),
             }
         else:
-            self.quantization_config.fields = own_config(specs)
+            self.quantization_config.fields = own_config(specs, Structure())
 
     def _describe_as_saved(self, specs: Mapping[str, ModuleSpec], architecture: Architecture, config: Any) -> None:
         """transformers saves under its own names, also where those on disk lacked the base model's prefix."""
         saved = architecture_of(config)
         if saved.embeddings != architecture.embeddings and self.quantization_config.standard is None:
             renamed = {disk_name(saved, module_name(architecture, name)): spec for name, spec in specs.items()}
-            self.quantization_config.fields = own_config(renamed)
+            self.quantization_config.fields = own_config(renamed, architecture.structure)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Experts that we unfused are named as on disk: there is nothing to merge."""
@@ -168,7 +172,7 @@ def _markers(model: nn.Module) -> tuple[str, ...]:
     report that comes with the error.
     """
     for name, module in model.named_modules():
-        if isinstance(module, CompressedModule):
+        if isinstance(module, (CompressedModule, StreamNorm)):
             return f"{name}.weight", f"{name}.needs_pip_install_compress-llm"
     return ()
 

@@ -96,6 +96,16 @@ class StreamedModel:
     def unload_block(self, index: int) -> None:
         self.skeleton.empty_block(index)
 
+    def check_finite(self, index: int) -> None:
+        """Raises: CheckpointError naming the first tensor of the loaded block that holds NaN or infinity."""
+        for name, (module, attribute) in self.skeleton.block_tensors(index).items():
+            tensor = getattr(module, attribute)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise CheckpointError(
+                    f"{self.reader.info(name).file}: tensor {name} holds NaN or infinity; the checkpoint is damaged: "
+                    f"fetch it again"
+                )
+
     def _fill(self, names: list[str], reader: CheckpointReader, specs: dict[str, ModuleSpec], prefix: str) -> None:
         replaced = {name: spec for name, spec in specs.items() if name.startswith(prefix)}
         for name, spec in replaced.items():
@@ -217,6 +227,16 @@ class StreamedModel:
             self._head_loaded = False
 
     # ---- shared
+
+    def whole(self) -> nn.Module:
+        """The model with all its weights, ordinary ones: a causal language model of transformers, experts unfused."""
+        self._load_outside()
+        names = [*self.skeleton.outside_tensors()]
+        for index in range(self.n_blocks):
+            names += self.skeleton.block_tensors(index)
+        for name in names:
+            self.skeleton.fill(name, self.reader.read(name, self.dtype).to(self.device))
+        return self.skeleton.model
 
     def _table_width(self) -> int:
         table = self.architecture.embeddings[0]

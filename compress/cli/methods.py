@@ -10,6 +10,7 @@ from compress.cli.options import Debug, Json
 
 if TYPE_CHECKING:
     from compress.methods.base import SiteMethod
+    from compress.methods.rewrite import ModelMethod
 
 OURS = "compress-llm"
 Name = Annotated[
@@ -56,10 +57,12 @@ def packages() -> dict[str, str]:
     return {p.name: p.dist.name if p.dist else p.value for p in points if p.name not in METHODS}
 
 
-def describe(method: type[SiteMethod], package: str) -> dict[str, Any]:
+def describe(method: type[SiteMethod] | type[ModelMethod], package: str) -> dict[str, Any]:
     """A method for JSON: what it is, and its settings from its config."""
     import inspect
     import sys
+
+    from compress.methods.base import SiteMethod
 
     schema = method.Config.model_json_schema()
     required = schema.get("required", [])
@@ -76,7 +79,7 @@ def describe(method: type[SiteMethod], package: str) -> dict[str, Any]:
     return {
         "name": method.name,
         "summary": method.summary,
-        "kind": "sites",
+        "kind": "layers" if issubclass(method, SiteMethod) else "the model",
         "needs_data": _needs_data(method),
         "package": package,
         "settings": settings,
@@ -84,11 +87,11 @@ def describe(method: type[SiteMethod], package: str) -> dict[str, Any]:
     }
 
 
-def _needs_data(method: type[SiteMethod]) -> str:
+def _needs_data(method: type[SiteMethod] | type[ModelMethod]) -> str:
     from pydantic import ValidationError
 
     try:
-        return "yes" if method.statistics(method.Config()) else "no"
+        return "yes" if method.needs_tokens(method.Config()) else "no"
     except ValidationError:
         return "as set"  # some setting has no default
 

@@ -32,8 +32,9 @@ def plan(
     if as_json:
         print_json(planned.to_dict())
         return
-    show(layer_table(planned, one_each=layers))
-    say("")
+    if planned.layers:
+        show(layer_table(planned, one_each=layers))
+        say("")
     show(short(planned))
     for warning in planned.warnings:
         note(f"warning: {warning}")
@@ -71,19 +72,20 @@ def short(planned: Plan) -> Any:
             f"{planned.source.name}: {architecture.family}, {architecture.n_blocks} blocks, {planned.float_dtype}",
         )
     ]
+    for rewrite in planned.rewrites:
+        rows.append(("rewritten", f"{rewrite.method.name}: {rewrite.rewrite.note}"))
     for number, stage in enumerate(planned.stages):
-        steps = "; then ".join(f"{step.method.name} on {len(step.configs)} layers" for step in stage)
+        steps = "; then ".join(f"{step.method.name} on {len(step.configs)} layers" for step in stage) or "nothing else"
         data = ", calibrated" if any(step.needs_data for step in stage) else ", without data"
         rows.append((f"stage {number + 1} of {len(planned.stages)}", f"one pass over the blocks: {steps}{data}"))
     if planned.needs_data:
         calibration = planned.recipe.calibration
         data = ", ".join(calibration.data or ())
         rows.append(("calibration", f"{calibration.samples} x {calibration.length} tokens of {data}"))
+    if planned.layers:
+        replaced = change(planned.bytes_before, planned.bytes_after)
+        rows.append(("replaced", f"{replaced}, {planned.bits_per_weight:.3f} bits per weight"))
     rows += [
-        (
-            "replaced",
-            f"{change(planned.bytes_before, planned.bytes_after)}, {planned.bits_per_weight:.3f} bits per weight",
-        ),
         ("all tensors", change(planned.bytes_total_before, planned.bytes_total_after)),
         ("format", f"{planned.format}: {planned.format_reason}"),
         ("peak memory", f"about {human_bytes(planned.peak_bytes)}"),

@@ -41,7 +41,7 @@ def print_report(
         out(f"{folder} was complete already: nothing was done. Its report:\n")
     show(table(("", ">before", ">after", ">after / before", ""), [*_sizes(report), *_quality(report)]))
     out("")
-    show(pairs([*_fidelity(report), *_costs(report), *_places(report, folder)]))
+    show(pairs([*_rewritten(report), *_fidelity(report), *_costs(report), *_places(report, folder)]))
     recorded = [f"{layer['name']}: {n}" for layer in report["layers"] for n in layer["figures"].get("notes", ())]
     said = once_each([f"warning: {w}" for w in report["warnings"]] + [f"note: {n}" for n in [*notes, *recorded]])
     for line in said:
@@ -51,7 +51,9 @@ def print_report(
 def _sizes(report: dict[str, Any]) -> list[tuple[str, ...]]:
     before, after = report["bytes_before"], report["bytes_after"]
     bits = f"{report['bits_per_weight']:.3f} bits per weight"
-    rows: list[tuple[str, ...]] = [(f"{len(report['layers'])} replaced layers", *_change(before, after), bits)]
+    rows: list[tuple[str, ...]] = []
+    if report["layers"]:
+        rows.append((f"{len(report['layers'])} replaced layers", *_change(before, after), bits))
     rows.append(("all tensors", *_change(report["bytes_total_before"], report["bytes_total_after"]), ""))
     if report["bytes_on_disk_source"]:
         n_files = f"{len(report['files'])} files, as counted on disk"
@@ -62,6 +64,10 @@ def _sizes(report: dict[str, Any]) -> list[tuple[str, ...]]:
         theirs, ours = (report["size"][role]["bytes_in_memory"] for role in ("reference", "model"))
         rows.append(("in memory", *_change(theirs, ours), "weights, when loaded"))
     return rows
+
+
+def _rewritten(report: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("rewritten", f"{step['method']}: {step['note']}") for step in report.get("rewrites", ())]
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ from compress.errors import RecipeError
 
 if TYPE_CHECKING:
     from compress.methods.base import SiteMethod
+    from compress.methods.rewrite import ModelMethod
 
 METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
@@ -19,6 +20,7 @@ METHODS = {  # name -> where it lives
     "laser": "compress.methods.laser:LASER",
     "dobi_svd": "compress.methods.dobi_svd:DobiSVD",
     "cur": "compress.methods.cur:CUR",
+    "drop_blocks": "compress.methods.drop_blocks:DropBlocks",
 }
 
 ENTRY_POINTS = "compress.methods"  # the group in which an outside package names its methods
@@ -29,7 +31,7 @@ def names() -> list[str]:
     return [*METHODS, *sorted(_outside())]
 
 
-def find(name: str) -> type[SiteMethod]:
+def find(name: str) -> type[SiteMethod] | type[ModelMethod]:
     """The class of method `name`. Ours win over an outside package's of the same name.
 
     Raises: RecipeError naming the nearest method, or the package whose method cannot be imported.
@@ -50,7 +52,7 @@ def _outside() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in METHODS}
 
 
-def _load(point: EntryPoint) -> type[SiteMethod]:
+def _load(point: EntryPoint) -> type[SiteMethod] | type[ModelMethod]:
     package = point.dist.name if point.dist else "an installed package"
     try:
         method = point.load()
@@ -59,9 +61,11 @@ def _load(point: EntryPoint) -> type[SiteMethod]:
             f"method {point.name!r} of {package} ({point.value}) cannot be imported: {error!r}"
         ) from error
     from compress.methods.base import SiteMethod
+    from compress.methods.rewrite import ModelMethod
 
-    if not (isinstance(method, type) and issubclass(method, SiteMethod)):
+    if not (isinstance(method, type) and issubclass(method, (SiteMethod, ModelMethod))):
         raise RecipeError(
-            f"method {point.name!r} of {package}: {point.value} is not a compress.methods.base.SiteMethod"
+            f"method {point.name!r} of {package}: {point.value} is neither a compress.methods.base.SiteMethod nor a "
+            f"compress.methods.rewrite.ModelMethod"
         )
     return method

@@ -8,8 +8,13 @@ A *site* is a set of linears that share one input. Statistics of that input belo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from compress.models.structure import Structure
+
+if TYPE_CHECKING:
+    from compress.models.tables import Family, Settings
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,11 @@ class Architecture:
     transposed: bool  # weights are stored [in, out] (Conv1D)
     experts: Experts | None = None
     norm_offset: float = 0.0  # added to a norm's stored weight before it scales (Gemma: 1)
+    structure: Structure = field(default_factory=Structure)  # how it differs from what its config.json alone says
+    table: Family = field(kw_only=True, repr=False, compare=False)  # of the family, as this config.json changes it
+    settings: Settings = field(
+        kw_only=True, repr=False, compare=False
+    )  # of config.json, by the names most families use
 
     @property
     def n_blocks(self) -> int:

@@ -5,13 +5,17 @@ Needs neither torch nor transformers, so the plan and the checks of a recipe can
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from compress.errors import CheckpointError, RecipeError
 from compress.models.architecture import Architecture, Experts, Producer, Site
+from compress.models.structure import structure_of
 from compress.models.tables import FAMILIES, IGNORED_SUFFIXES, REFUSED, Family, Settings
+
+WRAPPED = ".linear"  # where a linear lies in its wrapper
 
 _COUNTS = {  # settings that have to be positive whole numbers
     "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
@@ -67,13 +71,20 @@ def architecture_of(config: Mapping[str, Any], names: Collection[str] | None = N
         transposed=family.transposed,
         experts=_experts(family, settings),
         norm_offset=family.norm_offset,
+        structure=structure_of(config, settings["hidden_size"]),
+        table=family,
+        settings=settings,
     )
 
 
 def module_name(architecture: Architecture, disk_name: str) -> str:
-    """The name in the module tree of what is `disk_name` on disk; experts are as `experts.py` unfuses them."""
+    """The name in the module tree of what is `disk_name` on disk (a module or a tensor); experts are as `experts.py` unfuses
+    them, linears whose input is transformed are inside a wrapper (`restructure.py`)."""
     family = FAMILIES[architecture.family]
-    name = ".".join(family.renamed.get(part, part) for part in disk_name.split("."))
+    name = disk_name
+    for linear in _wrapped(architecture):
+        name = _spliced(name, linear, linear + WRAPPED)
+    name = ".".join(family.renamed.get(part, part) for part in name.split("."))
     if _has_prefix(architecture) or disk_name.split(".")[0] == family.head:
         return name
     return f"{family.base}.{name}"
@@ -84,7 +95,38 @@ def disk_name(architecture: Architecture, module_name: str) -> str:
     family = FAMILIES[architecture.family]
     original = {module: disk for disk, module in family.renamed.items()}
     name = ".".join(original.get(part, part) for part in module_name.split("."))
+    for linear in _wrapped(architecture):
+        name = _spliced(name, linear + WRAPPED, linear)
     return name if _has_prefix(architecture) else name.removeprefix(f"{family.base}.")
+
+
+def changed_config(
+    config: Mapping[str, Any], architecture: Architecture, *, blocks: Sequence[int] | None, untied: bool
+) -> dict[str, Any]:
+    """config.json of a model of which only `blocks` stay (None: all), and whose head has a weight of its own if `untied`."""
+    changed = copy.deepcopy(dict(config))
+    if untied:
+        changed["tie_word_embeddings"] = False
+    if blocks is None:
+        return changed
+    key = architecture.table.keys.get("num_hidden_layers", "num_hidden_layers")
+    changed[key] = len(blocks)
+    for name, value in config.items():  # one entry for each block: kinds of attention, …
+        if isinstance(value, list) and len(value) == architecture.n_blocks and name != "architectures":
+            changed[name] = [value[block] for block in blocks]
+    return changed
+
+
+def _wrapped(architecture: Architecture) -> list[str]:
+    """The linears in each block whose input is transformed, relative to the block."""
+    table = architecture.table
+    inner = {"attn_out": table.attn_out, "mlp_out": table.mlp_out}
+    return [inner[kind] for kind, _ in architecture.structure.hadamard]
+
+
+def _spliced(name: str, old: str, new: str) -> str:
+    """`name` with the dotted part `old` replaced by `new`."""
+    return f"{name}.".replace(f".{old}.", f".{new}.")[:-1]
 
 
 def is_ignored(tensor_name: str) -> bool:

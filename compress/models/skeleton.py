@@ -19,6 +19,7 @@ from compress.errors import CheckpointError
 from compress.models.architecture import Architecture
 from compress.models.experts import unfuse_experts
 from compress.models.families import disk_name, module_name
+from compress.models.restructure import restructure
 from compress.modules.base import CompressedModule
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Skeleton:
             with init_empty_weights(include_buffers=False), _EmptyOnMeta():
                 self.model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
             unfuse_experts(self.model, architecture)
+            restructure(self.model, architecture)
         self.model.requires_grad_(False)
         self.architecture = architecture
         self.dtype = dtype
@@ -203,10 +205,12 @@ def _check(skeleton: Skeleton) -> None:
                 widths.add(linear.get_parameter("weight").shape[0 if arch.transposed else 1])
             if len(widths) > 1:
                 raise _mismatch(arch, f"the linears of {site.name} have inputs of different width: {sorted(widths)}")
-        router = f"{block}.{arch.experts.router}" if arch.experts else None
+        known = {f"{block}.{arch.experts.router}"} if arch.experts else set()
+        if arch.structure.width is not None:
+            known |= {f"{block}.attn_shortcut", f"{block}.mlp_shortcut"}
         for tensor_name, (module, attribute) in skeleton._slots(skeleton.module(block), block).items():
             owner = tensor_name.rpartition(".")[0]
-            if getattr(module, attribute).ndim > 1 and owner not in in_sites and owner != router:
+            if getattr(module, attribute).ndim > 1 and owner not in in_sites and owner not in known:
                 raise _mismatch(arch, f"{tensor_name} is a matrix that no site knows of")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 Settings = Mapping[str, Any]  # config.json with the family's defaults under it, by the names that most families use
 
@@ -59,10 +59,16 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)  # a part of a name on disk -> the same in the module tree
     refusals: Mapping[str, str] = field(default_factory=dict)  # a flag of config.json -> why it cannot be admitted
     adapt: Callable[[Family, Settings], Family] | None = None  # for settings that change the table
+    layer_norm: bool = False  # norms of the stream are LayerNorm, else RMSNorm
+    value_layout: Literal["apart", "fused", "by_head"] = (
+        "apart"  # of queries, keys and values in the last linear of attn_in
+    )
+    bound: str | None = None  # why its residual stream cannot be written down in another basis
 
 
 def _defaults(hidden: int, blocks: int, heads: int, vocab: int, positions: int, **others: Any) -> Settings:
-    common = {"hidden_size": hidden, "num_hidden_layers": blocks, "num_attention_heads": heads, "vocab_size": vocab}
+    common: dict[str, Any] = {"head_dim": None}
+    common |= {"hidden_size": hidden, "num_hidden_layers": blocks, "num_attention_heads": heads, "vocab_size": vocab}
     return {**common, "max_position_embeddings": positions, "tie_word_embeddings": False, **others}
 
 
@@ -84,6 +90,10 @@ _GEMMA2_NORMS = (
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )  # fmt: skip
 _GEMMA3_NORMS = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", *_GEMMA2_NORMS[1:])
+_POST_NORMS = (
+    "its norms behind attention and MLP scale what is added to the residual stream entry by entry, which commutes with no "
+    "rotation and no slicing"
+)
 _NOT_CAUSAL = "its attention looks both ways, so it is no language model to calibrate or score; use a causal checkpoint"
 
 FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
@@ -95,13 +105,13 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
     "qwen3": replace(
         _LLAMA,
         title="Qwen 3",
-        defaults=_defaults(4096, 32, 32, 151936, 32768, num_key_value_heads=32),
+        defaults=_defaults(4096, 32, 32, 151936, 32768, num_key_value_heads=32, head_dim=128),
         norms=_QWEN3_NORMS,
     ),
     "gemma": replace(
         _LLAMA,
         title="Gemma 1",
-        defaults=_defaults(3072, 28, 16, 256000, 8192, num_key_value_heads=16, tie_word_embeddings=True),
+        defaults=_defaults(3072, 28, 16, 256000, 8192, num_key_value_heads=16, head_dim=256, tie_word_embeddings=True),
         norm_offset=1.0,
         refusals={"use_bidirectional_attention": _NOT_CAUSAL},
     ),
@@ -112,6 +122,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         mlp_norm="pre_feedforward_layernorm",
         norms=_GEMMA2_NORMS,
         norm_offset=1.0,
+        bound=_POST_NORMS,
         refusals={"use_bidirectional_attention": _NOT_CAUSAL},
     ),
     "gemma3_text": replace(
@@ -121,6 +132,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         mlp_norm="pre_feedforward_layernorm",
         norms=_GEMMA3_NORMS,
         norm_offset=1.0,
+        bound=_POST_NORMS,
         refusals={"use_bidirectional_attention": _NOT_CAUSAL},
     ),
     "phi3": replace(
@@ -131,6 +143,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         attn_rows=None,
         mlp_in=("mlp.gate_up_proj",),
         mlp_rows=None,
+        value_layout="fused",
     ),
     "opt": Family(
         "OPT",
@@ -140,6 +153,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
             "do_layer_norm_before": True,
             "layer_norm_elementwise_affine": True,
             "_remove_final_layer_norm": False,
+            "word_embed_proj_dim": None,
         },
         attn_out="self_attn.out_proj",
         attn_norm="self_attn_layer_norm",
@@ -152,6 +166,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         embeddings=("decoder.embed_tokens", "decoder.embed_positions"),
         final_norm="decoder.final_layer_norm",
         adapt=_adapt_opt,
+        layer_norm=True,
     ),
     "gpt2": Family(
         "GPT-2",
@@ -169,6 +184,8 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         layers="h",
         embeddings=("wte", "wpe"),
         final_norm="ln_f",
+        layer_norm=True,
+        value_layout="fused",
         transposed=True,
         keys={
             "hidden_size": "n_embd",
@@ -180,13 +197,15 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
     ),
     "gpt_neox": Family(
         "GPT-NeoX, Pythia",
-        _defaults(6144, 44, 64, 50432, 2048),
+        _defaults(6144, 44, 64, 50432, 2048, use_parallel_residual=True),
         attn_in=("attention.query_key_value",),
         attn_out="attention.dense",
         attn_rows=None,
         mlp_in=("mlp.dense_h_to_4h",),
         mlp_out="mlp.dense_4h_to_h",
         mlp_rows=None,
+        layer_norm=True,
+        value_layout="by_head",
         base="gpt_neox",
         embeddings=("embed_in",),
         final_norm="final_layer_norm",

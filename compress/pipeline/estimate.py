@@ -19,7 +19,7 @@ from compress.modules.spec import DTYPE_BYTES
 from compress.shipped import heldout_text_path
 
 if TYPE_CHECKING:
-    from compress.methods.base import LayerShape
+    from compress.methods.base import Extent, LayerShape
     from compress.pipeline.plan import Plan
     from compress.pipeline.steps import StepPlan
 
@@ -41,7 +41,8 @@ def estimate(plan: Plan) -> tuple[int, float]:
     evaluation_bytes = 0
     if plan.recipe.evaluation:
         evaluation_bytes = _evaluation_bytes(plan)
-    peak = BASE_BYTES + max(compress_bytes, evaluation_bytes, _observation_bytes(plan, tokens))
+    looking_bytes = _block_bytes(plan) + _activation_bytes(plan, tokens) + _rewriting_bytes(plan, tokens)
+    peak = BASE_BYTES + max(compress_bytes, evaluation_bytes, _observation_bytes(plan, tokens), looking_bytes)
     return peak, _seconds(plan, tokens)
 
 
@@ -106,7 +107,7 @@ def _site_work(plan: Plan) -> list[tuple[StepPlan, str, tuple[LayerShape, ...]]]
 
 def _activation_bytes(plan: Plan, tokens: int) -> int:
     """Hidden states of all tokens and what stopped forwards hold, up to the cap; the working set of the running one."""
-    widest = max(layer.in_features for layer in plan.layers.values())
+    widest = max((layer.in_features for layer in plan.layers.values()), default=plan.architecture.hidden_size)
     streams = 2 if any(step.needs_original for stage in plan.stages for step in stage) else 1
     held = tokens * COMPUTE_BYTES * (2 * plan.architecture.hidden_size + widest) * streams
     running = min(tokens, plan.recipe.calibration.rows_per_batch * plan.recipe.calibration.length)
@@ -121,20 +122,32 @@ def _outside_bytes(plan: Plan, tokens: int) -> int:
     return rows * architecture.hidden_size * COMPUTE_BYTES + head_elements * DTYPE_BYTES[plan.float_dtype]
 
 
-def _observation_bytes(plan: Plan, tokens: int) -> int:
-    """Of methods that look at the whole model at once."""
-    from compress.methods.base import Extent, LayerShape
+def _extent(plan: Plan, tokens: int, shapes: tuple[LayerShape, ...]) -> Extent:
+    from compress.methods.base import Extent
 
     architecture, calibration = plan.architecture, plan.recipe.calibration
     n_weights = sum(prod(info.shape) for info in plan.source.infos.values())
     batch_tokens = min(tokens, calibration.rows_per_batch * calibration.length)
     sizes = (n_weights, architecture.n_blocks, architecture.hidden_size, architecture.vocab_size, tokens, batch_tokens)
+    return Extent(*sizes, shapes)
+
+
+def _rewriting_bytes(plan: Plan, tokens: int) -> int:
+    """Of methods that look at the model before they rewrite it, beyond a block and the hidden states."""
+    extent = _extent(plan, tokens, ())
+    return max((step.method.observation_bytes(extent, step.config) for step in plan.rewrites), default=0)
+
+
+def _observation_bytes(plan: Plan, tokens: int) -> int:
+    """Of methods that look at the whole model at once."""
+    from compress.methods.base import LayerShape
+
     peak = 0
     for step in (step for stage in plan.stages for step in stage):
         layers = [plan.layers[name] for name, config in step.configs.items() if step.method.observes(config)]
         shapes = tuple(LayerShape(layer.name, layer.out_features, layer.in_features) for layer in layers)
         for config in _observing(step):
-            peak = max(peak, step.method.observation_bytes(Extent(*sizes, shapes), config))
+            peak = max(peak, step.method.observation_bytes(_extent(plan, tokens, shapes), config))
     return peak
 
 
@@ -179,6 +192,10 @@ def _seconds(plan: Plan, tokens: int) -> float:
         if step.method.observes(config):  # another pass, before the first block
             flops += sum(r.flops(shapes[0].in_features) for r in step.method.statistics(config)) * tokens
             flops += step.method.observation_flops(shapes, config)
+    for rewrite in plan.rewrites:
+        extent = _extent(plan, tokens, ())
+        flops += rewrite.method.flops(extent, rewrite.config)
+        flops += rewrite.method.observation_flops(extent, rewrite.config) if rewrite.observes else 0.0
     flops += forward * tokens * sum(bool(_observing(step)) for stage in plan.stages for step in stage)
     if plan.recipe.evaluation:
         head = 2.0 * plan.architecture.vocab_size * plan.architecture.hidden_size

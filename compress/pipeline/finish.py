@@ -5,6 +5,7 @@ Until config.json is there no loader takes the folder for a model, so nothing un
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.description import guard, quantization_config
-from compress.checkpoint.headers import read_header, read_json
+from compress.checkpoint.headers import read_header
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.side_files import copy_file, side_files
 from compress.checkpoint.stream import StreamedModel
@@ -26,9 +27,9 @@ from compress.publish.card import model_card
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def finished_config(plan: Plan, source: Path) -> dict[str, Any]:
+def finished_config(plan: Plan) -> dict[str, Any]:
     """config.json of the result."""
-    config = read_json(source / "config.json")
+    config = copy.deepcopy(plan.source.config)
     for key in ("quantization_config", "compression_config", "transformers_weights", "_name_or_path"):
         config.pop(key, None)
     config["dtype"] = DTYPE_NAMES[plan.float_dtype]

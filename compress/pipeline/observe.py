@@ -7,9 +7,8 @@ that a resumed run neither looks again nor decides otherwise; the plan is made a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +19,14 @@ from torch import Tensor, nn
 from compress.calibration.capture import BlockPass
 from compress.calibration.statistics import SiteStatistics, gather
 from compress.calibration.store import HiddenStates, ReadOnly
-from compress.checkpoint.writer import writing
 from compress.errors import RecipeError
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, SiteTask, View
 from compress.models.architecture import Site
 from compress.models.families import module_name
+from compress.pipeline.memory import Memory, tracked
 from compress.pipeline.output import OBSERVED
 from compress.pipeline.plan import Plan, plan_source
+from compress.pipeline.rewriting import whole_model
 from compress.pipeline.stage import Call, Stage
 from compress.pipeline.steps import Decisions, StepPlan, sizes
 from compress.pipeline.targets import Target
@@ -49,7 +49,7 @@ def settle(plan: Plan, stage: Callable[[], Stage], source: Path, work: Path, pro
             decisions[step.number] = _settle_step(plan, step, observing, stage(), source, work, progress)
     if not decisions:
         return plan
-    settled = plan_source(plan.recipe, plan.source, decisions)
+    settled = plan_source(plan.recipe, plan.original, decisions, plan.rewrites)
     peak, seconds = max(plan.peak_bytes, settled.peak_bytes), max(plan.seconds, settled.seconds)
     settled = replace(settled, peak_bytes=peak, seconds=seconds)  # looking is part of the run
     if settled.bytes_after > plan.bytes_after:
@@ -66,7 +66,7 @@ def _settle_step(
     work: Path,
     progress: Progress,
 ) -> dict[str, MethodConfig | Kept]:
-    memory = _Memory(work / f"{OBSERVED}{step.number}.jsonl")
+    memory = Memory(work / f"{OBSERVED}{step.number}.jsonl")
 
     def observe() -> dict[str, Any]:
         found = step.method.observe(StageView(plan, step, observing, stage, source, memory, progress), observing)
@@ -86,29 +86,6 @@ def _settle_step(
     }
 
 
-class _Memory:
-    """JSON values under keys, in a file that an interrupted run finds again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.values: dict[str, Any] = {}
-        if path.exists():
-            for line in path.read_bytes().split(b"\n")[:-1]:
-                try:
-                    key, value = json.loads(line)
-                except ValueError:
-                    break
-                self.values[key] = value
-
-    def remember(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self.values:
-            self.values[key] = json.loads(json.dumps(make()))  # the same, whether it was computed or read
-            with writing(self.path), open(self.path, "ab") as stream:
-                stream.write(json.dumps([key, self.values[key]]).encode() + b"\n")
-                stream.flush()
-        return self.values[key]
-
-
 class StageView(View):
     """The source of a stage, as a method may look at it."""
 
@@ -119,7 +96,7 @@ class StageView(View):
         observing: dict[str, MethodConfig],
         stage: Stage,
         source: Path,
-        memory: _Memory,
+        memory: Memory,
         progress: Progress,
     ):
         self._plan, self._stage, self._source, self._memory, self._progress = plan, stage, source, memory, progress
@@ -155,7 +132,7 @@ class StageView(View):
         if hidden is None and not sites:
             return
         block = stage.model.load_block(index)
-        stage.check_finite(index)
+        stage.model.check_finite(index)
         if hidden is None:
             for site in sites:
                 yield self._task(site), None
@@ -220,6 +197,8 @@ class StageView(View):
     def model(self) -> nn.Module:
         from compress.checkpoint.load import load
 
+        if self._plan.rewrites:
+            return whole_model(self._plan, self._plan.rewrites, self._source, self._stage.scratch, self._stage.device)
         trusted = self._plan.recipe.model.trust_remote_code
         model = load(self._source, dtype=torch.float32, device=str(self._stage.device), trust_remote_code=trusted)
         return model.requires_grad_(False)
@@ -245,16 +224,7 @@ class StageView(View):
         return self._memory.remember(key, make)
 
     def track(self, phase: str, total: int, unit: str) -> AbstractContextManager[Callable[[str], None]]:
-        return _tracked(self._progress, phase, total, unit)
+        return tracked(self._progress, phase, total, unit)
 
     def note(self, message: str) -> None:
         self._progress.note(message)
-
-
-@contextmanager
-def _tracked(progress: Progress, phase: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
-    progress.begin(phase, total, unit)
-    try:
-        yield lambda detail: progress.advance(1, detail)
-    finally:
-        progress.end()

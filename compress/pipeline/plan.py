@@ -20,6 +20,7 @@ from compress.errors import CheckpointError, RecipeError, naming
 from compress.models.architecture import Architecture, Site
 from compress.models.families import architecture_of
 from compress.modules.spec import DTYPE_BYTES, ModuleSpec
+from compress.pipeline.rewriting import RewritePlan, plan_rewrites
 from compress.pipeline.steps import Decisions, StepPlan, foresee, methods_of, plan_steps
 
 if TYPE_CHECKING:
@@ -47,9 +48,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. `stages` are runs of consecutive steps that share one pass over the blocks."""
+    """The whole run. `stages` are runs of consecutive steps that share one pass over the blocks.
+
+    `source` is the model as the first stage reads it: the `original`, or what `rewrites` make of it.
+    """
 
     recipe: Recipe
+    original: Source
+    rewrites: tuple[RewritePlan, ...]
     source: Source
     architecture: Architecture
     stages: tuple[tuple[StepPlan, ...], ...]
@@ -67,7 +73,8 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return any(step.needs_data for stage in self.stages for step in stage)
+        steps = [step for stage in self.stages for step in stage]
+        return any(step.needs_data for step in self.rewrites) or any(step.needs_data for step in steps)
 
     @property
     def specs(self) -> dict[str, ModuleSpec]:
@@ -97,6 +104,10 @@ class Plan:
             "base": self.source.published,
             "family": self.architecture.family,
             "n_blocks": self.architecture.n_blocks,
+            "rewrites": [
+                {"step": r.number, "method": r.method.name, "note": r.rewrite.note, "figures": dict(r.values or {})}
+                for r in self.rewrites
+            ],
             "stages": [
                 [{"step": s.number, "method": s.method.name, "layers": len(s.configs)} for s in stage]
                 for stage in self.stages
@@ -132,19 +143,32 @@ def plan(recipe: Recipe) -> Plan:
     return plan_source(recipe, find_source(recipe.model.path, recipe.model.revision))
 
 
-def plan_source(recipe: Recipe, source: Source, decisions: Decisions | None = None) -> Plan:
-    """`plan` for a source that was found; `decisions` of methods that looked at the model stand in place of the recipe's
-    configurations."""
+def plan_source(
+    recipe: Recipe,
+    original: Source,
+    decisions: Decisions | None = None,
+    rewrites: tuple[RewritePlan, ...] | None = None,
+) -> Plan:
+    """`plan` for a source that was found.
+
+    Args:
+        decisions: of methods that looked at the model, in place of the recipe's configurations.
+        rewrites: the steps that rewrite the model, with what they found by looking at it.
+    """
     from compress.pipeline.estimate import estimate
 
+    with naming(original.name):
+        original = replace(original, infos=translated(original.config, original.infos))
+        check_source(original, architecture_of(original.config, original.infos.keys()), _specs_of(original))
+    float_dtype = FLOAT_DTYPES.get(recipe.model.dtype) or stored_float_dtype(original)
+    if rewrites is None:
+        rewrites = plan_rewrites(recipe, original, float_dtype)
+    source = rewrites[-1].after if rewrites else original
     with naming(source.name):
-        source = replace(source, infos=translated(source.config, source.infos))
         architecture = architecture_of(source.config, source.infos.keys())
         source_specs = modules_of(source.config, source.infos)
-    check_source(source, architecture, source_specs)
-    float_dtype = FLOAT_DTYPES.get(recipe.model.dtype) or stored_float_dtype(source)
     weights = _weights(source, architecture, source_specs)
-    steps = plan_steps(recipe.steps, weights, source_specs, decisions)
+    steps = plan_steps(recipe.steps, weights, source_specs, decisions, first=len(rewrites))
     foresee(steps, weights, source_specs, float_dtype)
     layers = _plan_layers(steps, architecture, weights, source, source_specs, float_dtype)
     specs = described(source_specs, layers)
@@ -152,16 +176,24 @@ def plan_source(recipe: Recipe, source: Source, decisions: Decisions | None = No
     untied = architecture.tied and any(
         n in layers for n in (architecture.head.linears[0], architecture.embedding.linears[0])
     )
-    total_before = sum(info.nbytes for info in source.infos.values())
+    total_before = sum(info.nbytes for info in original.infos.values())
     total_after = _bytes_after(source, architecture, source_specs, layers, float_dtype, untied)
-    warnings = [*_warnings(layers, format_, untied), *_kept(steps), *_unsettled(steps)]
-    _check_data(recipe, source, architecture, steps)
+    warnings = [*_warnings(layers, format_, untied), *_kept(steps), *_unsettled(rewrites, steps)]
+    untied_by = [step for step in rewrites if step.rewrite.untied]
+    if untied_by:
+        warnings.append(_untied_by(untied_by[0], architecture))
+    needs_data = any(step.needs_data for step in rewrites) or any(step.needs_data for step in steps)
+    _check_data(recipe, original, architecture, needs_data)
     draft = Plan(
-        recipe, source, architecture, (steps,), layers, source_specs, float_dtype, format_, reason, untied,
+        recipe, original, rewrites, source, architecture, (steps,), layers, source_specs, float_dtype, format_, reason, untied,
         total_before, total_after, 0, 0.0, tuple(warnings),
     )  # fmt: skip
     peak, seconds = estimate(draft)
     return Plan(**{**draft.__dict__, "peak_bytes": peak, "seconds": seconds})
+
+
+def _specs_of(source: Source) -> dict[str, ModuleSpec]:
+    return modules_of(source.config, source.infos)
 
 
 def check_source(source: Source, architecture: Architecture, specs: dict[str, ModuleSpec]) -> None:
@@ -267,14 +299,15 @@ def described(source_specs: Mapping[str, ModuleSpec], layers: Mapping[str, Layer
 
 
 def _choose_format(wanted: str, specs: dict[str, ModuleSpec], architecture: Architecture) -> tuple[str, str]:
-    if not specs:
+    if not specs and architecture.structure.plain:
         if wanted != "auto":
             raise RecipeError(
                 f"output.format: every layer of this result is an ordinary one, and {wanted} would have nothing to describe; "
                 f"use output.format=auto"
             )
         return PLAIN, "weights have changed, but every layer is an ordinary one: any tool loads it"
-    obstacle = standard_holds(specs, architecture)
+    plain = architecture.structure.plain
+    obstacle = standard_holds(specs, architecture) if plain else architecture.structure.reason
     if wanted == STANDARD and obstacle is not None:
         raise RecipeError(
             f"output.format: compressed-tensors cannot hold this result: {obstacle}; use output.format=auto"
@@ -334,10 +367,23 @@ def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[
     return warnings
 
 
-def _unsettled(steps: tuple[StepPlan, ...]) -> list[str]:
+def _untied_by(step: RewritePlan, architecture: Architecture) -> str:
+    nbytes = step.after.infos[f"{architecture.head.linears[0]}.weight"].nbytes
+    return (
+        f"steps.{step.number}.{step.method.name}: the head and the token table share one matrix in the source; they are stored "
+        f"apart, which adds {nbytes:,} bytes"
+    )
+
+
+def _unsettled(rewrites: tuple[RewritePlan, ...], steps: tuple[StepPlan, ...]) -> list[str]:
     """A line for each step that decides something from the whole model first."""
+    whole = [
+        f"steps.{step.number}.{step.method.name} looks at the whole model first; until then it is planned by its sizes"
+        for step in rewrites
+        if not step.settled
+    ]
     counts = [(step, sum(step.method.observes(config) for config in step.configs.values())) for step in steps]
-    return [
+    return whole + [
         f"steps.{step.number}.{step.method.name} settles {count} layers once it has seen the whole model; until then each is "
         f"planned with its share of the total"
         for step, count in counts
@@ -359,11 +405,10 @@ def _kept(steps: tuple[StepPlan, ...]) -> list[str]:
     return warnings
 
 
-def _check_data(recipe: Recipe, source: Source, architecture: Architecture, steps: tuple[StepPlan, ...]) -> None:
-    """Tokenizer and data are at hand where a step or the evaluation needs them."""
+def _check_data(recipe: Recipe, source: Source, architecture: Architecture, needs_data: bool) -> None:
+    """Tokenizer and data are at hand where a step (`needs_data`) or the evaluation needs them."""
     from compress.calibration.data import check_data
 
-    needs_data = any(step.needs_data for step in steps)
     if (needs_data or recipe.evaluation) and not source.has_tokenizer:
         raise CheckpointError(
             f"{source.name}: no tokenizer (tokenizer.json or tokenizer.model) beside the weights, which calibration and "

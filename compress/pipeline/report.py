@@ -63,7 +63,7 @@ def _sizes(folder: Path, planned: Plan, names: list[str]) -> dict[str, Any]:
     from compress.checkpoint.source import find_source
     from compress.evaluation.size import sizes
 
-    found = sizes(find_source(str(folder)), planned.source)
+    found = sizes(find_source(str(folder)), planned.original)
     found["model"]["bytes_on_disk"] = file_sizes(folder, names)["bytes_on_disk_all"]  # whatever else lies there
     return found
 

@@ -230,14 +230,20 @@ def _settle(
     progress: Progress,
 ) -> Plan:
     """The plan with all settled that depends on the whole model."""
+    from compress.pipeline.model_view import Looking, settle_rewrites
     from compress.pipeline.observe import settle
     from compress.pipeline.stage import Stage
 
+    device, dtype = compute_place(planned, machine)
+    work = folder / WORK_FOLDER
+    planned = settle_rewrites(
+        planned, Looking(source, work, batches, dtype, device, activation_limit(machine), progress)
+    )
+
     def stage() -> Stage:
-        device, dtype = compute_place(planned, machine)
         return Stage(planned, 0, source, folder, journal, batches, dtype, device, activation_limit(machine), progress)
 
-    return settle(planned, stage, source, folder / WORK_FOLDER, progress)
+    return settle(planned, stage, source, work, progress)
 
 
 def _compress(
@@ -256,7 +262,7 @@ def _compress(
     stage = Stage(planned, 0, source, folder, journal, batches, dtype, device, activation_limit(machine), progress)
     result = stage.run()
     progress.begin("check", 1, "model")
-    config = finished_config(planned, source)
+    config = finished_config(planned)
     with stage.watch("final check"):
         check_logits(planned, config, folder, stage.probe_ids, stage.probe_hidden, stage.model)
     finish(planned, source, folder, config)
@@ -362,8 +368,8 @@ def work_header(planned: Plan) -> dict[str, Any]:
 
     from compress import __version__
 
-    tensors = sorted((i.name, i.dtype, list(i.shape)) for i in planned.source.infos.values())
-    digest = hashlib.sha256(json.dumps([planned.source.config, tensors], sort_keys=True).encode()).hexdigest()
+    tensors = sorted((i.name, i.dtype, list(i.shape)) for i in planned.original.infos.values())
+    digest = hashlib.sha256(json.dumps([planned.original.config, tensors], sort_keys=True).encode()).hexdigest()
     return {
         "recipe": planned.recipe.hash(),
         "model": planned.source.name,

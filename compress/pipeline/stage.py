@@ -12,7 +12,6 @@ A block that the journal knows is not compressed again: it is run from its shard
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from compress.pipeline.journal import BlockEntry, Journal, sha256_of
 from compress.pipeline.meter import Stopwatch, release_free_memory
 from compress.pipeline.plan import OWN, Plan
 from compress.pipeline.progress import Progress
+from compress.pipeline.rewriting import open_source, seeded
 from compress.pipeline.steps import StepPlan
 from compress.pipeline.targets import Target, compress_targets, merged
 
@@ -102,13 +102,7 @@ class Stage:
         self.probe_ids = batches[0][:1, :PROBE_TOKENS]
         self.scratch = journal.path.parent
         self.float_dtype = TORCH_DTYPES[plan.float_dtype]
-        self.model = StreamedModel(
-            source,
-            compute_dtype,
-            device,
-            specs=plan.source_specs,
-            trust_remote_code=plan.recipe.model.trust_remote_code,
-        )
+        self.model = open_source(plan, plan.rewrites, source, self.scratch, compute_dtype, device)
         self.needs_original = any(step.needs_original for step in self.steps)
         self.watch = Stopwatch()
         self.result = StageResult()
@@ -170,7 +164,7 @@ class Stage:
     def _compress_block(self, index: int, hidden: HiddenStates, original: HiddenStates | None) -> None:
         with self.watch("read"):
             block = self.model.load_block(index)
-        self.check_finite(index)
+        self.model.check_finite(index)
         unchanged = copy.deepcopy(block) if original is not None else None
         outcomes: dict[str, Outcome] = {}
         stream = None
@@ -339,18 +333,7 @@ class Stage:
 
     def generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator:
         """Randomness that depends on the seed and the place only, so that a resumed run draws the same."""
-        text = f"{self.plan.recipe.seed}/{self.number}/{step.number}/{site}/{purpose}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-        return torch.Generator().manual_seed(seed)
-
-    def check_finite(self, index: int) -> None:
-        for name, (module, attribute) in self.model.skeleton.block_tensors(index).items():
-            tensor = getattr(module, attribute)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise CheckpointError(
-                    f"{self.model.reader.info(name).file}: tensor {name} holds NaN or infinity; the checkpoint is damaged: "
-                    f"fetch it again"
-                )
+        return seeded(self.plan.recipe.seed, self.number, step.number, site, purpose)
 
     # ---- what is written
 

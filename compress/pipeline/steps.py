@@ -47,16 +47,17 @@ def plan_steps(
     weights: Weights,
     source_specs: Mapping[str, ModuleSpec],
     decisions: Decisions | None = None,
+    first: int = 0,
 ) -> tuple[StepPlan, ...]:
-    """What every step does; `decisions` stand in place of the recipe's configurations.
+    """What every step from number `first` on does; `decisions` stand in place of the recipe's configurations.
 
     Raises: RecipeError naming the step, the layer, the reason and a value that works.
     """
-    chosen = [_chosen(number, step, weights) for number, step in enumerate(steps)]
+    chosen = [_chosen(first + i, step, weights) for i, step in enumerate(steps[first:])]
     current = dict(source_specs)
-    planned = []
-    for number, (method, configs) in enumerate(chosen):
-        later = chosen[number + 1 :]
+    planned: list[StepPlan] = []
+    for number, (method, configs) in enumerate(chosen, start=first):
+        later = chosen[number - first + 1 :]
         fitted: dict[str, MethodConfig | Kept] = {
             name: method.fitted(config, _multiple(name, later)) for name, config in configs.items()
         }
@@ -117,9 +118,11 @@ def methods_of(name: str, steps: Sequence[StepPlan]) -> str:
 
 def _chosen(number: int, step: Step, weights: Weights) -> tuple[type[SiteMethod], dict[str, MethodConfig]]:
     from compress.methods import find
+    from compress.methods.base import SiteMethod
 
     where = f"steps.{number}"
     method = find(step.method)
+    assert issubclass(method, SiteMethod)
     outside = [name for name, (site, _) in weights.items() if site.kind in ("head", "embedding")]
     names = select(list(weights), step.layers, step.skip, outside=outside, where=where)
     if not names:

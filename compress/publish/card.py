@@ -43,13 +43,13 @@ def model_card(
     base = report.get("base", {})
     title = repo.split("/")[-1] if repo else f"{base.get('title', 'a model')}, compressed"
     linked = f"[{base['id']}](https://huggingface.co/{base['id']})" if base.get("id") else str(base.get("title"))
-    methods = sorted({layer["method"] for layer in report["layers"]})
+    rewrites = [step["method"] for step in report.get("rewrites", ())]
+    methods = [*rewrites, *sorted({layer["method"] for layer in report["layers"]})]
     front = yaml.safe_dump(_front(report, base_fields, methods), sort_keys=False, allow_unicode=True).strip()
     parts = [
         f"---\n{front}\n---",
         f"# {title}",
-        f"{linked}, compressed with `compress-llm` ({', '.join(methods)}): {len(report['layers'])} layers at "
-        f"{report['bits_per_weight']:.2f} bits per weight.",
+        f"{linked}, compressed with `compress-llm` ({', '.join(methods)}): {_extent(report)}.",
         table(("", "original", "this model"), _rows(report)),
         _measured_on(report),
         f"![What each layer lost]({FIGURE})" if figure else "",
@@ -58,6 +58,13 @@ def model_card(
         f"## Loading\n\n{_loading(report, repo or ANYWHERE)}",
     ]
     return signed("\n\n".join(part for part in parts if part))
+
+
+def _extent(report: Mapping[str, Any]) -> str:
+    if report["layers"]:
+        return f"{len(report['layers'])} layers at {report['bits_per_weight']:.2f} bits per weight"
+    share = 100 * report["bytes_total_after"] / max(report["bytes_total_before"], 1)
+    return f"{share:.1f} % of the original's weights by bytes"
 
 
 def signed(text: str) -> str:
@@ -88,8 +95,10 @@ def _front(report: Mapping[str, Any], base_fields: Mapping[str, Any], methods: S
 def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     before, after = report["bytes_before"], report["bytes_after"]
     total_before, total_after = report["bytes_total_before"], report["bytes_total_after"]
-    rows = [
-        ("replaced layers", mib(before), f"{mib(after)}, {report['bits_per_weight']:.3f} bits per weight"),
+    rows = []
+    if report.get("layers"):
+        rows.append(("replaced layers", mib(before), f"{mib(after)}, {report['bits_per_weight']:.3f} bits per weight"))
+    rows += [
         ("all weights", mib(total_before), f"{mib(total_after)}, {100 * total_after / max(total_before, 1):.1f} %"),
     ]
     evaluation = report.get("evaluation") or {}

@@ -79,7 +79,7 @@ def cards(sheet: Sheet) -> str:
     if f.has(model):
         was = f"from {f(reference, 'bytes')}, {f.ratio(model, reference)}" if f.has(reference) else "all tensors"
         card("Size of the weights", f(model, "bytes"), was)
-    if sheet.is_run:
+    if sheet.is_run and f.get("layers"):
         card(
             "Bits per weight", f("bits_per_weight", "bits"),
             f"replaced layers: {f('bytes_after', 'bytes')}, {f.ratio('bytes_after', 'bytes_before')}",

@@ -225,6 +225,13 @@ class StepOfStage(Part):
     layers: int
 
 
+class StepOfRewriting(Part):
+    step: int
+    method: str
+    note: str = Field(description="what was done")
+    figures: dict[str, Any] = Field(description="what was found by looking at the model first")
+
+
 class Base(Part):
     """What may be said of the original in public."""
 
@@ -243,6 +250,7 @@ class RunReport(Frame):
     base: Base
     family: str
     n_blocks: int
+    rewrites: list[StepOfRewriting] = Field([], description="steps that rewrote the whole model first")
     stages: list[list[StepOfStage]]
     format: str
     format_reason: str

@@ -1,0 +1,263 @@
+"""Steps that rewrite the whole model, in the plan: what the model looks like behind each.
+
+The steps that compress layers come after, and see the rewritten model as their source: `config.json` and tensors as they
+would stand on disk. No file of it is ever written; `open_rewritten` reads it from the original.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint.description import modules_of, own_config
+from compress.checkpoint.foreign import translated
+from compress.checkpoint.headers import TensorInfo
+from compress.checkpoint.source import Source
+from compress.errors import RecipeError
+from compress.models.architecture import Architecture
+from compress.models.derived import Derived
+from compress.models.families import architecture_of, changed_config
+from compress.models.stream import Stream, stream_of
+from compress.modules.spec import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from compress.checkpoint.reader import CheckpointReader
+    from compress.checkpoint.stream import StreamedModel
+    from compress.methods.base import MethodConfig
+    from compress.methods.rewrite import Found, ModelMethod, ModelShape, Rewrite
+    from compress.pipeline.plan import Plan
+    from compress.recipe import Recipe, Step
+
+
+@dataclass(frozen=True)
+class RewritePlan:
+    """One step that rewrites the model.
+
+    Attributes:
+        before, after: the model as the step finds it and as it leaves it.
+        tensors: those of the result: functions of tensors of `before`, or names of tensors there.
+        values: what was found by looking at the model; None if it has not been looked at (yet).
+    """
+
+    number: int
+    method: type[ModelMethod]
+    config: MethodConfig
+    before: Source
+    after: Source
+    tensors: Mapping[str, Derived | str]
+    rewrite: Rewrite
+    values: Mapping[str, Any] | None
+
+    @property
+    def observes(self) -> bool:
+        return self.method.observes(self.config)
+
+    @property
+    def settled(self) -> bool:
+        return self.values is not None or not self.observes
+
+    @property
+    def needs_data(self) -> bool:
+        return self.method.needs_tokens(self.config)
+
+
+Kept = Callable[[int, str], "Tensor"]  # (step, name) -> a tensor that its observation kept
+
+
+def rewriting_steps(recipe: Recipe) -> int:
+    """How many steps at the head of the recipe rewrite the model.
+
+    Raises: RecipeError if one of them stands behind a step that compresses layers, or names layers.
+    """
+    from compress.methods import find
+    from compress.methods.rewrite import ModelMethod
+
+    rewrites = [issubclass(find(step.method), ModelMethod) for step in recipe.steps]
+    count = rewrites.index(False) if False in rewrites else len(rewrites)
+    for number, step in enumerate(recipe.steps):
+        if rewrites[number] and number > count:
+            raise RecipeError(
+                f"steps.{number}: {step.method} rewrites the whole model and must stand before {recipe.steps[count].method}, "
+                f"which compresses layers; put it first"
+            )
+        if rewrites[number]:
+            _check_whole(number, step)
+    return count
+
+
+def _check_whole(number: int, step: Step) -> None:
+    for key, value in (("layers", step.layers), ("skip", step.skip), ("overrides", step.overrides)):
+        if value:
+            raise RecipeError(
+                f"steps.{number}.{key}: {step.method} rewrites the whole model, not single layers; leave {key} out"
+            )
+
+
+def plan_rewrites(
+    recipe: Recipe,
+    source: Source,
+    float_dtype: str,
+    values: Mapping[int, Mapping[str, Any]] | None = None,
+    kept: Kept | None = None,
+) -> tuple[RewritePlan, ...]:
+    """The leading steps of the recipe that rewrite the model, each on what the one before leaves.
+
+    Args:
+        float_dtype: safetensors name of the dtype in which float tensors will be stored.
+        values: what was found, by step; steps behind the first that must look and has not are planned by their sizes.
+        kept: gives the tensors that belong to it.
+
+    Raises: RecipeError for what a method or a family does not admit.
+    """
+    from compress.methods import find
+    from compress.methods.rewrite import Found
+
+    planned: list[RewritePlan] = []
+    for number in range(rewriting_steps(recipe)):
+        step, method = recipe.steps[number], find(recipe.steps[number].method)
+        found = (values or {}).get(number)
+
+        def tensor(name: str, number: int = number) -> Tensor:
+            assert kept is not None, f"{name} is wanted before it was found"
+            return kept(number, name)
+
+        def generator(purpose: str, number: int = number) -> torch.Generator:
+            return seeded(recipe.seed, "rewrite", number, purpose)
+
+        known = Found(found, tensor, generator)
+        planned.append(_planned(number, method, step.config, source, float_dtype, known))  # type: ignore[arg-type]
+        source = planned[-1].after
+    return tuple(planned)
+
+
+def _planned(
+    number: int, method: type[ModelMethod], config: MethodConfig, source: Source, float_dtype: str, found: Found
+) -> RewritePlan:
+    infos = translated(source.config, source.infos)
+    architecture = architecture_of(source.config, infos.keys())
+    where = f"steps.{number}.{method.name}"
+    if modules_of(source.config, infos):
+        raise RecipeError(
+            f"{where}: {source.name} is compressed already, and {method.name} rewrites ordinary weights; begin with the original"
+        )
+    shape = model_shape(architecture, infos)
+    try:
+        rewrite = method.rewrite(shape, config, found)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    infos, tensors = _tensors_after(infos, architecture, rewrite, float_dtype)
+    changed = changed_config(source.config, architecture, blocks=rewrite.blocks, untied=rewrite.untied)
+    if not rewrite.structure.plain:
+        changed["quantization_config"] = own_config({}, rewrite.structure)
+    after = replace(source, config=changed, infos=infos)
+    return RewritePlan(number, method, config, source, after, tensors, rewrite, found.values)
+
+
+def model_shape(architecture: Architecture, infos: Mapping[str, TensorInfo]) -> ModelShape:
+    """A model as a method is told of it."""
+    from compress.methods.rewrite import ModelShape
+
+    def stream() -> Stream:
+        return stream_of(architecture)
+
+    linears = tuple(name for sites in architecture.block_sites for site in sites for name in site.linears)
+    shapes = {name: info.shape for name, info in infos.items()}
+    return ModelShape(shapes, architecture.blocks, linears, architecture.hidden_size, stream)
+
+
+def _tensors_after(
+    infos: Mapping[str, TensorInfo], architecture: Architecture, rewrite: Rewrite, float_dtype: str
+) -> tuple[dict[str, TensorInfo], dict[str, Derived | str]]:
+    stay = range(architecture.n_blocks) if rewrite.blocks is None else rewrite.blocks
+    anew = {f"{architecture.blocks[old]}.": f"{architecture.blocks[new]}." for new, old in enumerate(stay)}
+    gone = tuple(prefix for prefix in (f"{block}." for block in architecture.blocks) if prefix not in anew)
+    some = next(iter(infos.values()))
+    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, Derived | str] = {}
+    for name in [*infos, *(name for name in rewrite.tensors if name not in infos)]:
+        if name in rewrite.removed or name.startswith(gone):
+            continue
+        prefix = next((prefix for prefix in anew if name.startswith(prefix)), "")
+        new = anew.get(prefix, "") + name.removeprefix(prefix)
+        made = rewrite.tensors.get(name)
+        if made is None:
+            tensors[new] = name
+            found[new] = replace(infos[name], name=new)
+        else:
+            tensors[new] = made
+            nbytes = prod(made.shape) * DTYPE_BYTES[float_dtype]
+            found[new] = TensorInfo(new, float_dtype, made.shape, infos.get(name, some).file, 0, nbytes)
+    return found, tensors
+
+
+def seeded(seed: int, *place: object) -> torch.Generator:
+    """Randomness that depends on the recipe's seed and the place only, so that a resumed run draws the same."""
+    import torch
+
+    text = "/".join(str(part) for part in (seed, *place))
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return torch.Generator().manual_seed(number)
+
+
+def open_rewritten(folder: Path, rewrites: Sequence[RewritePlan]) -> CheckpointReader:
+    """The tensors of the model behind `rewrites`, read from the original in `folder`."""
+    from compress.checkpoint.rewritten import RewrittenReader
+    from compress.checkpoint.translate import open_reader
+
+    reader = open_reader(folder)
+    for step in rewrites:
+        prefixes = architecture_of(step.after.config, step.after.infos.keys()).blocks
+        sizes = [
+            sum(info.nbytes for name, info in step.after.infos.items() if name.startswith(f"{prefix}."))
+            for prefix in prefixes
+        ]
+        reader = RewrittenReader(reader, step.after.infos, step.tensors, max(sizes, default=0))
+    return reader
+
+
+def open_source(
+    plan: Plan,
+    rewrites: Sequence[RewritePlan],
+    folder: Path,
+    work: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StreamedModel:
+    """The model behind `rewrites`, to be run block by block.
+
+    Args:
+        folder: of the original.
+        work: where its config.json can be put.
+    """
+    from compress.checkpoint.stream import StreamedModel
+    from compress.checkpoint.writer import write_json, writing
+
+    trusted = plan.recipe.model.trust_remote_code
+    if not rewrites:
+        return StreamedModel(folder, dtype, device, specs=plan.source_specs, trust_remote_code=trusted)
+    described = work / f"rewritten-{rewrites[-1].number}"
+    with writing(described):
+        described.mkdir(parents=True, exist_ok=True)
+    write_json(described / "config.json", rewrites[-1].after.config)
+    reader = open_rewritten(folder, rewrites)
+    return StreamedModel(described, dtype, device, reader=reader, specs={}, trust_remote_code=trusted)
+
+
+def whole_model(
+    plan: Plan, rewrites: Sequence[RewritePlan], folder: Path, work: Path, device: torch.device
+) -> torch.nn.Module:
+    """The model behind `rewrites`, whole and in float32, no parameter of which requires a gradient."""
+    import torch
+
+    streamed = open_source(plan, rewrites, folder, work, torch.float32, device)
+    try:
+        return streamed.whole()
+    finally:
+        streamed.close()
