@@ -48,15 +48,17 @@ def transformed(x: Tensor, block_size: int | None = None, transposed: bool = Fal
     if n % block or factors(block) is None:
         raise ValueError(f"{n} has no blocks of {block} with a Hadamard matrix; {largest_block(n)} is the largest")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = x.to(dtype).reshape(-1, block)
-    rows = out.shape[0]
-    for small in reversed(
-        _axes_on(block, dtype, x.device)
-    ):  # the last axis: X [n/k, k] -> (X H_k)^T [k, n/k]; so each has its turn
+    out, behind = x.to(dtype), 1  # behind: the size of the axes that have been transformed, from the last one on
+    for small in reversed(_axes_on(block, dtype, x.device)):
         k = small.shape[0]
-        matrix = small if transposed else small.T
-        out = torch.bmm(matrix.expand(rows, k, k), out.view(rows, block // k, k).mT).view(rows, block)
-    return (out * (1 / math.sqrt(block))).to(x.dtype).view(x.shape)
+        matrix = small.T if transposed else small
+        if behind == 1:
+            out = out.reshape(-1, k) @ matrix
+        else:
+            out = out.view(-1, k, behind)
+            out = torch.bmm(matrix.T.expand(len(out), k, k), out)
+        behind *= k
+    return (out * (1 / math.sqrt(block))).to(x.dtype).reshape(x.shape)
 
 
 def hadamard(n: int, block_size: int | None = None) -> Tensor:
