@@ -108,7 +108,7 @@ def lorap_ranks(
     ranks = {name: int(ratio * sizes[name] / sum(shapes[name])) for name in "qk"}
     if min(ranks.values()) < 1:
         raise RecipeError(
-            f"keep_ratio={keep_ratio:g}: dense v and o leave nothing for q and k; use a smaller bias than {bias:g}"
+            f"keep_ratio={keep_ratio:g}: dense v and o leave nothing for q and k; raise keep_ratio, or use another allocation"
         )
     return {**ranks, "v": None, "o": None}
 

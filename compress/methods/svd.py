@@ -22,6 +22,9 @@ the best right factor for U_k, and the left one follows from it, on the inputs t
 
 A layer whose factors would be no smaller than it is stays dense.
 
+`allocation` says how ranks are spread. By default every layer has the rank that keep_ratio gives it; all others spend the same
+bytes where they do more, which takes a look at the model first (compress/methods/svd_ranks.py).
+
 Departures from the public code: no inverse, no Cholesky factor of H; ranks follow each matrix's own shape (grouped keys
 and values); H comes from the compressed stream, in one pass; `left` is U_k, its columns mixed among each other, up to a
 power of two, instead of U_k sqrt(Sigma): a later step that rounds `right` then minimises the error of the outputs, and
@@ -34,7 +37,8 @@ arXiv:2403.07378.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -46,7 +50,18 @@ from compress.linalg.finite import all_finite
 from compress.linalg.low_rank import Decomposition, decompose, factors, shifted
 from compress.linalg.quadratic import energy, fraction
 from compress.linalg.ranks import break_even_rank, rounded_rank, uniform_rank
-from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
+from compress.methods.base import (
+    Extent,
+    Kept,
+    Layer,
+    LayerShape,
+    MethodConfig,
+    Outcome,
+    SiteMethod,
+    SiteTask,
+    Sizes,
+    View,
+)
 from compress.methods.rtn import check_weight
 from compress.modules.low_rank import LowRankLinear
 from compress.modules.low_rank_spec import LowRankSpec
@@ -61,7 +76,11 @@ class SVDConfig(MethodConfig):
         description="what is minimised: the weight's error, or the outputs' by ever better knowledge of the inputs",
     )
     keep_ratio: float = Field(0.8, gt=0, lt=1, description="size of the two factors, as a fraction of the layer")
-    rank: int | None = Field(None, ge=1, description="the rank, in place of keep_ratio")
+    allocation: Literal["uniform", "loss", "effective_rank", "energy", "heavy_tail", "lorap", "learned"] = Field(
+        "uniform",
+        description="how ranks are spread: keep_ratio of each layer, or of all layers' bytes together, spent by this rule",
+    )
+    rank: int | None = Field(None, ge=1, description="the rank, in place of keep_ratio and allocation")
     rank_multiple: int = Field(1, ge=1, description="ranks are rounded down to a multiple of it, but not to 0")
     alpha: float = Field(0.5, ge=0, le=1, description="objective=scaled: power of the mean size of an input")
     refit: float = Field(
@@ -70,6 +89,19 @@ class SVDConfig(MethodConfig):
     damping: float = Field(
         0.01, gt=0, lt=1, description="refit: fraction of the mean of diag(H) that is added to diag(H)"
     )
+
+    steps: int = Field(
+        320, ge=1, description="allocation=learned: updates of the ranks, a batch of calibration rows each"
+    )
+    learning_rate: float = Field(
+        0.0025, gt=0, le=1, description="allocation=learned: the most a rank moves in a step, of full rank"
+    )
+
+    @model_validator(mode="after")
+    def _loss_of_outputs(self) -> SVDConfig:
+        if self.allocation == "loss" and self.objective == "plain":
+            raise ValueError("allocation=loss needs to know the outputs' errors, and objective=plain takes no data")
+        return self
 
     @model_validator(mode="after")
     def _refit_whitened(self) -> SVDConfig:
@@ -100,6 +132,38 @@ class SVD(SiteMethod):
     @classmethod
     def fitted(cls, config: SVDConfig, multiple: int) -> SVDConfig:
         return config.model_copy(update={"rank_multiple": math.lcm(config.rank_multiple, multiple)})
+
+    @classmethod
+    def observes(cls, config: SVDConfig) -> bool:
+        return config.allocation != "uniform" and config.rank is None
+
+    @classmethod
+    def foresee(cls, shapes: Mapping[str, LayerShape], configs: dict[str, Any], nbytes: Sizes) -> None:
+        from compress.methods.svd_ranks import check
+
+        check(shapes, configs, nbytes)
+
+    @classmethod
+    def observe(cls, view: View, configs: dict[str, Any]) -> dict[str, Any]:
+        from compress.methods.svd_ranks import settle
+
+        return settle(view, configs)
+
+    @classmethod
+    def observation_bytes(cls, extent: Extent, config: SVDConfig) -> int:
+        from compress.methods.svd_ranks import observation_bytes
+
+        return observation_bytes(extent, config)
+
+    @classmethod
+    def observation_flops(cls, shapes: tuple[LayerShape, ...], config: SVDConfig) -> float:
+        from compress.methods.svd_ranks import observation_flops
+
+        return observation_flops(shapes, config)
+
+    @classmethod
+    def needs_tokens(cls, config: SVDConfig) -> bool:
+        return bool(cls.statistics(config)) or (cls.observes(config) and config.allocation == "learned")
 
     @classmethod
     def statistics(cls, config: SVDConfig) -> tuple[Request, ...]:
