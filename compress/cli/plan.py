@@ -72,8 +72,7 @@ def short(planned: Plan) -> Any:
             f"{planned.source.name}: {architecture.family}, {architecture.n_blocks} blocks, {planned.float_dtype}",
         )
     ]
-    for rewrite in planned.rewrites:
-        rows.append(("rewritten", f"{rewrite.method.name}: {rewrite.rewrite.note}"))
+    rows += [("rewritten", f"{step.method.name}: {step.rewrite.note}") for step in planned.rewrites]
     for number, stage in enumerate(planned.stages):
         steps = "; then ".join(f"{step.method.name} on {len(step.configs)} layers" for step in stage) or "nothing else"
         data = ", calibrated" if any(step.needs_data for step in stage) else ", without data"
