@@ -72,7 +72,8 @@ class RewrittenReader(CheckpointReader):
 
     def _rows(self, info: TensorInfo, source: Derived, first: int, last: int) -> Tensor:
         others = [self.base.read(name) for name in source.inputs[1:]]
-        per_piece = max(ROWS_BYTES // (8 * max(info.nbytes // max(info.shape[0], 1), 1)), 1)
+        widest = max(self.base.info(source.inputs[0]).nbytes, info.nbytes) // max(info.shape[0], 1)
+        per_piece = max(ROWS_BYTES // (8 * max(widest, 1)), 1)
         pieces = []
         for start in range(first, last, per_piece):
             rows = torch.arange(start, min(start + per_piece, last))

@@ -93,6 +93,9 @@ def obstacle(model: StreamedModel, reference: StreamedModel) -> str | None:
     ):
         if here != there:
             return f"the models {what} ({here} and {there})"
+    if ours.structure.width != theirs.structure.width:
+        widths = (a.structure.width or a.hidden_size for a in (ours, theirs))
+        return "every block of a sliced model has a basis of its own, of {} entries here and {} there".format(*widths)
     return None
 
 

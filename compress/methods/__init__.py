@@ -20,6 +20,7 @@ METHODS = {  # name -> where it lives
     "laser": "compress.methods.laser:LASER",
     "dobi_svd": "compress.methods.dobi_svd:DobiSVD",
     "cur": "compress.methods.cur:CUR",
+    "slicegpt": "compress.methods.slicegpt:SliceGPT",
     "drop_blocks": "compress.methods.drop_blocks:DropBlocks",
 }
 

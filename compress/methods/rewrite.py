@@ -39,6 +39,7 @@ class Rewrite:
         untied: the head gets a weight of its own, which `tensors` has.
         structure: how the model's modules differ from what its config.json says.
         note: a line for the plan: what was done.
+        warnings: of the plan.
     """
 
     tensors: Mapping[str, Derived] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Rewrite:
     untied: bool = False
     structure: Structure = field(default_factory=Structure)
     note: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class ModelShape:
     """A model as the plan knows it: no weights.
 
     Attributes:
+        title: its family, as people say, and its model_type: for messages.
         shapes: of every tensor by its name on disk.
         n_blocks: how many blocks it has.
         blocks: their prefixes.
@@ -61,6 +64,7 @@ class ModelShape:
         stream: its residual stream; raises RecipeError, by name and with the reason, if that cannot be rewritten.
     """
 
+    title: str
     shapes: Mapping[str, tuple[int, ...]]
     blocks: tuple[str, ...]
     linears: tuple[str, ...]

@@ -30,11 +30,11 @@ class Branches:
         assert family.attn_norm is not None and family.mlp_norm is not None
         self.norms = {"attention": inner(family.attn_norm), "mlp": inner(family.mlp_norm)}
         self.attention = inner(family.attn_in[0]).rpartition(".")[0]
+        self.experts = self.router = ""
         if "expert_in" in sites:
             assert architecture.experts is not None
-            self.mlp = inner(architecture.experts.name).rpartition(".")[0]
-        else:
-            self.mlp = inner(family.mlp_in[0]).rpartition(".")[0]
+            self.experts, self.router = inner(architecture.experts.name), inner(architecture.experts.router)
+        self.mlp = inner(family.mlp_in[0]).rpartition(".")[0]
         self.mlp_in, self.mlp_out = inner(family.mlp_in[0]), inner(family.mlp_out)
 
     def run(self, kind: str, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -43,6 +43,10 @@ class Branches:
         if kind == "attention":
             module = block.get_submodule(self.attention)
             return _first(module(normed, **_accepted(module, arguments)))
+        if self.experts:  # not by way of the module that holds them: it takes outputs for as wide as inputs
+            flat = normed.flatten(0, -2)
+            _, weights, chosen = block.get_submodule(self.router)(flat)
+            return block.get_submodule(self.experts)(flat, chosen, weights).unflatten(0, normed.shape[:-1])
         if self.mlp:
             return _first(block.get_submodule(self.mlp)(normed))
         activation = block.get_submodule("activation_fn") if "activation_fn" in block._modules else block.activation_fn

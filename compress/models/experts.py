@@ -33,7 +33,12 @@ class Expert(nn.Module):
 
 
 class UnfusedExperts(nn.ModuleList):
-    """The experts of one block, called as the fused module is."""
+    """The experts of one block, called as the fused module is.
+
+    `out_features`: of their outputs, where that is not the size of their inputs.
+    """
+
+    out_features: int | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum of each token's experts, weighted.
@@ -45,9 +50,9 @@ class UnfusedExperts(nn.ModuleList):
             top_k_index: [tokens, k], the experts of each token; an index of `len(self)` or more means none.
             top_k_weights: [tokens, k].
 
-        Returns: [tokens, hidden].
+        Returns: [tokens, hidden], or as wide as the outputs of the experts are.
         """
-        out = torch.zeros_like(hidden_states)
+        out = hidden_states.new_zeros(len(hidden_states), self.out_features or hidden_states.shape[-1])
         for e in top_k_index.unique().tolist():  # ascending
             if e >= len(self):
                 continue

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compress.errors import RecipeError
 from compress.models.architecture import Architecture
 from compress.models.branches import Branches, named_arguments
+from compress.models.experts import UnfusedExperts
 from compress.models.families import WRAPPED, module_name
 from compress.models.stream import Stream, stream_of_structure
 
@@ -150,9 +151,14 @@ def _cut(tree: _Tree, stream: Stream, width: int, last_width: int) -> None:
         for branch, behind in zip(branches, (width, final), strict=True):
             for name in branch.readers:
                 _cut_linear(tree[name], stream.transposed, in_features=width)
+                if hasattr(tree[name], "hidden_dim"):  # a router
+                    tree[name].hidden_dim = width  # type: ignore[assignment]
             for name in branch.writers:
                 _cut_linear(tree[name], stream.transposed, out_features=behind)
         block = tree[architecture.blocks[index]]
+        for module in block.modules():
+            if isinstance(module, UnfusedExperts):
+                module.out_features = final
         dtype = next(iter(block.parameters())).dtype
         for attribute, behind in (("attn_shortcut", width), ("mlp_shortcut", final)):
             with torch.device("meta"):

@@ -73,6 +73,7 @@ class Stream:
     norm_offset: float
     tied: bool
     transposed: bool  # weights of the linears in the blocks are stored [in, out]
+    one_width: bool  # transformers' code has the stream as wide behind the last block as before the first
 
 
 def stream_of(architecture: Architecture) -> Stream:
@@ -131,6 +132,7 @@ def stream_of_structure(architecture: Architecture) -> Stream:
         norm_offset=architecture.norm_offset,
         tied=architecture.tied,
         transposed=architecture.transposed,
+        one_width=family.one_width,
     )
 
 

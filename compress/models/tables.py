@@ -64,6 +64,7 @@ class Family:
         "apart"  # of queries, keys and values in the last linear of attn_in
     )
     bound: str | None = None  # why its residual stream cannot be written down in another basis
+    one_width: bool = False  # its forward reshapes what leaves the last block to the width of the embeddings
 
 
 def _defaults(hidden: int, blocks: int, heads: int, vocab: int, positions: int, **others: Any) -> Settings:
@@ -212,6 +213,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         head="embed_out",
         renamed={"embed_out": "lm_head"},
     ),
+        one_width=True,
     "mixtral": replace(
         _LLAMA,
         title="Mixtral",

@@ -179,6 +179,7 @@ def plan_source(
     total_before = sum(info.nbytes for info in original.infos.values())
     total_after = _bytes_after(source, architecture, source_specs, layers, float_dtype, untied)
     warnings = [*_warnings(layers, format_, untied), *_kept(steps), *_unsettled(rewrites, steps)]
+    warnings += [f"steps.{r.number}.{r.method.name}: {warning}" for r in rewrites for warning in r.rewrite.warnings]
     untied_by = [step for step in rewrites if step.rewrite.untied]
     if untied_by:
         warnings.append(_untied_by(untied_by[0], architecture))

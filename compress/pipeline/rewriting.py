@@ -169,7 +169,8 @@ def model_shape(architecture: Architecture, infos: Mapping[str, TensorInfo]) -> 
 
     linears = tuple(name for sites in architecture.block_sites for site in sites for name in site.linears)
     shapes = {name: info.shape for name, info in infos.items()}
-    return ModelShape(shapes, architecture.blocks, linears, architecture.hidden_size, stream)
+    title = f"{architecture.table.title} ({architecture.model_type})"
+    return ModelShape(title, shapes, architecture.blocks, linears, architecture.hidden_size, stream)
 
 
 def _tensors_after(
