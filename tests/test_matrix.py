@@ -78,10 +78,10 @@ CASES = [
     ),
     Case(
         "cur_blocks_energy",
-        [{"cur": {"energy": 0.8, "n_blocks": 1, "selection": "qr"}, "layers": ["*.q_proj", "*.down_proj"]}],
+        [{"cur": {"energy": 0.95, "n_blocks": 1, "selection": "qr"}, "layers": ["*.q_proj", "*.down_proj"]}],
     ),
-    Case("cur_conv1d", [{"cur": {"selection": "greedy", "heal": 1.0}, "layers": ["*.c_attn"]}], model="gpt2"),
-    Case("cur_experts", [{"cur": {"keep_ratio": 0.8, "matrix": "full"}}], model="mixtral"),
+    Case("cur_conv1d", [{"cur": {"selection": "deim", "heal": 1.0}, "layers": ["*.c_attn"]}], model="gpt2"),
+    Case("cur_experts", [{"cur": {"keep_ratio": 0.8}}], model="mixtral"),
     Case("cur_then_gptq", [{"cur": {"keep_ratio": 0.8}}, {"gptq": {"bits": 4, "group_size": 8}}], model="llama"),
     Case("cur_then_rtn", [{"cur": {}, "layers": ["*.q_proj", "*.k_proj"]}, {"rtn": {"bits": 8, "group_size": 8}}]),
 ]

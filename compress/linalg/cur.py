@@ -39,7 +39,6 @@ arXiv:1312.6838 (greedy); Park and Moon, 2025, arXiv:2501.04211 (CURing).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -48,11 +47,10 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericsError
-from compress.linalg.low_rank import GRAM_FLOOR, TILE
+from compress.linalg.low_rank import GRAM_FLOOR, gram, smaller_side
 from compress.linalg.ranks import rounded_rank
 
 NULL = 1e-12  # of the largest singular value: below it, a direction is not there
-DENSE = 2  # up to so many times taller than wide, the Gram matrix of the rows of W S is formed: fewer bytes to read per step
 
 
 # ---- how many
@@ -152,61 +150,49 @@ def select(for_rows: Tensor, for_columns: Tensor, rank: int, how: Literal["deim"
 def select_greedily(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of W = `weight` to keep, by what they leave of W S: int64 [rank] each, in the order chosen.
 
-    Candidates c_j and the target T are, for columns, W e_j and W S, and for rows the rows of W S and all of them. With
-    K = (c_i c_j) the next is the one with the largest |T^T c|^2 / |c|^2, c what the span so far leaves of a candidate.
+    W S = B sqrt(E) V^T, with B E B^T = W H W^T the eigenvectors of the smaller side. V turns no length, so S is not needed:
+    rows of B sqrt(E) stand for those of W S, columns of B^T W for those of W, and what either shall hold is sqrt(E).
+
+    Raises: NumericsError if LAPACK finds no eigenvectors.
     """
-    weight, moment = weight.double(), None if moment is None else moment.double()
-    weighted = times(weight, moment)  # W H
-    if len(weight) <= DENSE * weight.shape[1]:
-        gram = weighted @ weight.T  # [out, out]
-        rows = _greedy(lambda p: gram[p], lambda x: gram @ x, gram.diagonal(), gram.square().sum(1), None, rank)
-    else:
-        explained = torch.cat([(part @ weight.T).square().sum(1) for part in weighted.split(TILE)])
-        rows = _greedy(
-            lambda p: weighted @ weight[p],
-            lambda x: weighted @ (weight.T @ x),
-            (weighted * weight).sum(1),
-            explained,
-            None,
-            rank,
-        )
-    across = weight.T @ weight  # [in, in]
-    explained = (times(across, moment) * across).sum(1)
-    columns = _greedy(lambda p: across[p], lambda x: across @ x, across.diagonal(), explained, moment, rank)
-    return rows, columns
+    weight = weight.double()
+    core, outer = smaller_side(weight)
+    energies, vectors = _eigen(gram(core, moment))
+    energies = energies.clamp(min=0)
+    rows = vectors * energies.sqrt()
+    return _greedy(rows if outer is None else outer @ rows, energies, rank), _greedy(core.T @ vectors, energies, rank)
 
 
-def _greedy(
-    column: Callable[[int], Tensor],
-    kernel: Callable[[Tensor], Tensor],
-    squares: Tensor,
-    explained: Tensor,
-    metric: Tensor | None,
-    rank: int,
-) -> Tensor:
-    """`rank` of n candidates c_j, by what is known of them through K = (c_i c_j) and T T^T = (c) N (c)^T.
+def _greedy(candidates: Tensor, energies: Tensor, rank: int) -> Tensor:
+    """The `rank` of n `candidates` c_j [n, d], one after the other, with which their span holds most of diag(E)^(1/2).
 
-    Args:
-        column, kernel: p -> K[:, p], x -> K x.
-        squares, explained: diag K, |c_j|^2, and diag(K N K), |T^T c_j|^2. Kept up to date for what is left of the c_j.
-        metric: N, as `moment`.
+    That is the one with the largest c'^T E c' / |c'|^2, c' = c - Q Q^T c what the span so far leaves of a candidate, Q its basis.
+    Both are kept up to date for all candidates by their products with the next q and with (I - Q Q^T) E q.
     """
-    steps = torch.zeros(rank, len(squares), dtype=squares.dtype, device=squares.device)  # c^T q, q orthonormal
-    taken = torch.zeros(rank, dtype=torch.int64, device=squares.device)
+    squares = candidates.square().sum(1)
+    held = (candidates.square() * energies).sum(1)
+    basis = torch.zeros(rank, candidates.shape[1], dtype=candidates.dtype, device=candidates.device)  # Q^T
+    taken = torch.zeros(rank, dtype=torch.int64, device=candidates.device)
     floor = NULL * squares.max()
     for k in range(rank):
-        score = torch.where(squares > floor, explained / squares.clamp(min=1e-300), 0.0)
+        score = torch.where(squares > floor, held / squares.clamp(min=1e-300), 0.0)
         score[taken[:k]] = -1.0
         p = int(score.argmax())
         taken[k] = p
         if squares[p] > floor:
-            a = (column(p) - steps[:k, p] @ steps[:k]) / squares[p].sqrt()
-            weighted = times(a, metric)
-            b = kernel(weighted) - (steps[:k] @ weighted) @ steps[:k]
-            explained = (explained - 2 * a * b + a.square() * (a @ weighted)).clamp_(min=0)
-            squares = (squares - a.square()).clamp_(min=0)
-            steps[k] = a
+            q = _without(_without(candidates[p], basis[:k]), basis[:k])  # twice, for what rounding leaves of the first
+            q = q / q.norm()
+            weighted = energies * q
+            along, across = (candidates @ torch.stack([q, _without(weighted, basis[:k])], dim=1)).unbind(1)
+            held = (held - 2 * along * across + along.square() * (weighted @ q)).clamp_(min=0)
+            squares = (squares - along.square()).clamp_(min=0)
+            basis[k] = q
     return taken
+
+
+def _without(vector: Tensor, basis: Tensor) -> Tensor:
+    """What the orthonormal rows of `basis` leave of it."""
+    return vector - (basis @ vector) @ basis
 
 
 # ---- how they are linked

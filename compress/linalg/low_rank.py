@@ -79,7 +79,7 @@ def decompose(weight: Tensor, rank: int, moment: Tensor | None = None) -> Decomp
     Raises: NumericsError if LAPACK finds no decomposition, or what goes in is not finite.
     """
     assert 1 <= rank <= min(weight.shape), (rank, weight.shape)
-    core, outer = _smaller_side(weight)
+    core, outer = smaller_side(weight)
     energies, vectors = _eigen(gram(core, moment))
     route = "gram"
     if energies[rank - 1] <= GRAM_FLOOR * energies[0]:
@@ -99,7 +99,7 @@ def spectrum(weight: Tensor, moment: Tensor | None = None) -> Tensor:
 
     Values below GRAM_FLOOR of the first are rounding; to choose a rank they are as good as 0.
     """
-    core, _ = _smaller_side(weight, with_outer=False)
+    core, _ = smaller_side(weight, with_outer=False)
     try:
         return torch.linalg.eigvalsh(gram(core, moment)).flip(0).clamp_(min=0)
     except torch.linalg.LinAlgError as error:
@@ -231,7 +231,7 @@ def _times(weight: Tensor, moment: Tensor) -> Tensor:
     return torch.cat([weight @ columns.to(weight.dtype) for columns in moment.split(TILE, dim=1)], dim=1)
 
 
-def _smaller_side(weight: Tensor, with_outer: bool = True) -> tuple[Tensor, Tensor | None]:
+def smaller_side(weight: Tensor, with_outer: bool = True) -> tuple[Tensor, Tensor | None]:
     """(W, None) where out <= in; else (R, Q) of W = Q R: R [in, in] has the singular values, Q [out, in] leads back."""
     weight = weight.double()
     if not torch.isfinite(weight).all():

@@ -3,10 +3,11 @@
     W ~ C U R,   C = W[:, J] [out, r],   R = W[I, :] [r, in],   U [r, r]
 
 `selection` finds I and J. deim and qr look at a matrix M of W's shape (`matrix`), greedy at what is left of the outputs
-(compress/linalg/cur.py has the mathematics). With H = sum_t x_t x_t^T:
+(compress/linalg/cur.py has the mathematics). deim is the paper's; greedy loses less, on every layer that was measured. With
+H = sum_t x_t x_t^T:
 
-    scaled    M = W D, D = diag(H)^(1/2)      signed, so that its singular vectors are those of the outputs
     full      M = W S, S S^T = H, for rows    the outputs themselves; columns from W D, since one of W S is of no single input
+    scaled    M = W D, D = diag(H)^(1/2)      signed, so that its singular vectors are those of the outputs
     wanda     M = |W| D                       the paper's; another matrix, with other singular vectors
     weight    M = W                           no data
 
@@ -75,14 +76,14 @@ class CURConfig(MethodConfig):
     rank_multiple: int = Field(
         1, ge=1, description="ranks are rounded to a multiple of it: down, but not to 0; up by energy"
     )
-    selection: Literal["deim", "qr", "greedy"] = Field(
-        "deim",
-        description="how rows and columns are found: by interpolation of singular vectors, as pivots of a QR decomposition, "
-        "or one by one by what they leave of the outputs",
+    selection: Literal["greedy", "deim", "qr"] = Field(
+        "greedy",
+        description="how rows and columns are found: one by one by what they leave of the outputs, by interpolation of "
+        "singular vectors (the paper), or as pivots of a QR decomposition",
     )
-    matrix: Literal["scaled", "full", "wanda", "weight"] = Field(
-        "scaled",
-        description="what they are found in: W times the size of each input; rows in W times a root of H; |W| scaled; W",
+    matrix: Literal["full", "scaled", "wanda", "weight"] = Field(
+        "full",
+        description="what they are found in: W times a root of H; W times the size of each input; |W| scaled (the paper); W",
     )
     fit: Literal["full", "scaled", "weight"] = Field(
         "full", description="the error that U makes least: of the outputs, the same were inputs uncorrelated, of W"
@@ -107,7 +108,7 @@ class CURConfig(MethodConfig):
         if self.heal and self.fit != "full":
             raise ValueError(f"heal={self.heal:g} needs fit=full, not {self.fit}")
         if self.selection == "greedy" and self.matrix == "wanda":
-            raise ValueError("selection=greedy looks at the outputs, not at |W|; use matrix=full, scaled or weight")
+            raise ValueError("selection=greedy looks at the outputs, not at |W|; use selection=deim for matrix=wanda")
         return self
 
 
@@ -175,8 +176,8 @@ class CUR(SiteMethod):
         m, n = max(s.out_features for s in shapes), max(s.in_features for s in shapes)
         squares = 3 if config.matrix == "full" or config.heal else 2
         small = 3 * min(m, n) ** 2
-        if config.selection == "greedy":
-            small = 3 * n * n + m * min(m, cur.DENSE * n)
+        if config.selection == "greedy":  # what stands for rows and columns, their basis
+            small += max(_small(s) * (s.out_features + s.in_features) for s in shapes)
         return 8 * (5 * max(s.out_features * s.in_features for s in shapes) + squares * n * n + small)
 
     @classmethod
@@ -187,10 +188,12 @@ class CUR(SiteMethod):
             spec = cls.plan(s, config)
             rank = spec.rank if isinstance(spec, CURSpec) else 0
             weights = float(s.out_features * s.in_features)
-            if config.selection == "deim":
+            if config.selection != "qr":
                 total += EIGEN_FLOPS * _small(s) ** 3 + 8 * weights * _small(s)
-            else:  # matrix times vector, `rank` times: bound by memory, ten times as slow
-                total += (20 if config.selection == "qr" else 60) * weights * rank
+            if config.selection == "greedy":  # matrix times vector, `rank` times: bound by memory, ten times as slow
+                total += 20 * _small(s) * (s.out_features + s.in_features) * rank + 2 * weights * n
+            elif config.selection == "qr":
+                total += 20 * weights * rank
             total += 3 * EIGEN_FLOPS * rank**3 + 16 * weights * rank + 4.0 * n * n * rank
         return total
 
@@ -199,12 +202,8 @@ class CUR(SiteMethod):
         cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
     ) -> dict[str, Outcome]:
         known = statistics if statistics is not None and statistics.n_tokens else None
-        hessian = None if known is None else known.values.get(SecondMoment())
-        if hessian is not None and not all_finite(hessian):
-            raise NumericsError(
-                f"{', '.join(layer.name for layer in site.layers)}: cur: the second moment of the inputs holds NaN or infinity: "
-                f"activations overflow; calibrate in float32, or check the checkpoint"
-            )
+        if known is not None:
+            known.require_finite(f"{', '.join(layer.name for layer in site.layers)}: cur")
         roots: list[Tensor] = []  # S, once for the layers of the site
         return {layer.name: _compress_layer(layer, known, roots) for layer in site.layers}
 
@@ -232,7 +231,7 @@ def _compress_layer(layer: Layer, known: SiteStatistics | None, roots: list[Tens
     try:
         moment = damped(hessian, config.fit, config.damping)
         target = None if crossed is None or moment is None else moment + config.heal * crossed.double()
-        rows, columns = _selected(layer, hessian, spec.rank, roots)
+        rows, columns = _selected(layer, hessian, moment, spec.rank, roots)
         found = cur.link(
             layer.weight, rows, columns, moment, crossed=target, rounding=cur.rounding_of(layer.scale_dtype)
         )
@@ -247,10 +246,15 @@ def _compress_layer(layer: Layer, known: SiteStatistics | None, roots: list[Tens
     return Outcome(module, _figures(layer, module, found, known), _notes(layer, spec, found, known))
 
 
-def _selected(layer: Layer, hessian: Tensor | None, rank: int, roots: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _selected(
+    layer: Layer, hessian: Tensor | None, fitted: Tensor | None, rank: int, roots: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Rows and columns; `fitted`: H as U will be fitted to, which greedy selection looks at as well if it is the same."""
     config: CURConfig = layer.config
     if config.selection == "greedy":
-        return cur.select_greedily(layer.weight, damped(hessian, config.matrix, config.damping), rank)
+        same = config.matrix == config.fit
+        moment = fitted if same else damped(hessian, config.matrix, config.damping)
+        return cur.select_greedily(layer.weight, moment, rank)
     for_columns = selection_matrix(layer.weight, hessian, config.matrix)
     for_rows = for_columns
     if config.matrix == "full" and hessian is not None:

@@ -60,6 +60,7 @@ def test_a_later_step_decides_what_ranks_are_multiples_of(make, compress):
         ({"cur": {"rank": 65}}, "use rank=26 or less"),
         ({"cur": {"rank": 8, "energy": 0.9}}, "two ways to set a rank"),
         ({"cur": {"matrix": "wandaa"}}, "matrix"),
+        ({"cur": {"matrix": "wanda"}}, "looks at the outputs, not at |W|; use selection=deim for matrix=wanda"),
         ({"cur": {}, "layers": ["lm_head", "model.embed_tokens"]}, "cur is for linears, not for tables"),
     ],
 )
@@ -76,7 +77,7 @@ def test_blocks_that_cannot_be_chosen_end_the_run_in_one_line(make, compress, tm
 
 
 def test_report_names_the_blocks_and_the_result_loads_evaluates_and_generates(make, compress, tmp_path, text):
-    recipe = make({"cur": {"n_blocks": 1, "energy": 0.7, "selection": "greedy", "heal": 1.0}, "layers": "*.gate_proj"})
+    recipe = make({"cur": {"n_blocks": 1, "energy": 0.7, "selection": "deim", "heal": 1.0}, "layers": "*.gate_proj"})
     report = json.loads(compress("run", "--recipe", recipe, "--out", tmp_path / "out", "--json", "--quiet").out)
     assert [layer["name"] for layer in report["layers"]] == ["model.layers.1.mlp.gate_proj"]
     assert any("n_blocks=1: blocks 1 turn their hidden states less" in warning for warning in report["warnings"])

@@ -52,7 +52,7 @@ def output_loss(outcome, w, x) -> float:
 
 
 @pytest.mark.parametrize("matrix", ["scaled", "full", "wanda", "weight"])
-def test_equals_the_formulas(matrix):
+def test_deim_equals_the_formulas(matrix):
     w, x = weight(40, 48), inputs(400, 48)
     h = x.double().T @ x.double()
     scale = h.diagonal().sqrt()
@@ -67,8 +67,24 @@ def test_equals_the_formulas(matrix):
     rows, columns = torch.tensor(reference.deim(u[:, :9])), torch.tensor(reference.deim(vh[:9].T))
     link = reference.link(w.double(), rows, columns, whitener(h))
     expected = w.double()[:, columns] @ link @ w.double()[rows]
-    made = cur(w, x, rank=9, matrix=matrix, damping=0)
+    made = cur(w, x, rank=9, selection="deim", matrix=matrix, damping=0)
     torch.testing.assert_close(made.module.dense(torch.float64), expected, rtol=0, atol=1e-5 * float(w.abs().max()))
+
+
+@pytest.mark.parametrize("matrix", ["scaled", "full", "weight"])
+@pytest.mark.parametrize("shape", [(24, 30), (30, 24)], ids=str)
+def test_greedy_equals_the_formulas(shape, matrix):
+    w, x = weight(*shape), inputs(400, shape[1])
+    h = x.double().T @ x.double()
+    seen = {"scaled": h.diagonal().sqrt().diag(), "full": whitener(h), "weight": torch.eye(len(h)).double()}[matrix]
+    outputs = w.double() @ seen
+    rows = torch.tensor(reference.greedy(outputs.T, outputs.T, 9))
+    columns = torch.tensor(reference.greedy(w.double(), outputs, 9))
+    expected = w.double()[:, columns] @ reference.link(w.double(), rows, columns, whitener(h)) @ w.double()[rows]
+    made = cur(w, x, rank=9, selection="greedy", matrix=matrix, damping=0)
+    torch.testing.assert_close(made.module.dense(torch.float64), expected, rtol=0, atol=1e-5 * float(w.abs().max()))
+    if matrix == "full":  # as it comes
+        assert torch.equal(cur(w, x, rank=9, damping=0).module.dense(), made.module.dense())
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda c: "-".join(c.values()))
@@ -231,8 +247,8 @@ def test_a_rank_that_saves_nothing_is_refused_with_the_next_best():
         ({"rank": 4, "energy": 0.9}, "two ways to set a rank"),
         ({"min_rank": 9, "max_rank": 8}, "above max_rank"),
         ({"heal": 0.5, "fit": "weight"}, "needs fit=full"),
-        ({"selection": "greedy", "matrix": "wanda"}, "use matrix=full"),
-        ({"selection": "random"}, "'deim', 'qr' or 'greedy'"),
+        ({"selection": "greedy", "matrix": "wanda"}, "use selection=deim for matrix=wanda"),
+        ({"selection": "random"}, "'greedy', 'deim' or 'qr'"),
         ({"n_blocks": 0}, "greater than or equal to 1"),
     ],
 )
@@ -323,7 +339,7 @@ def test_energy_is_the_least_rank_that_holds_it(matrix):
         "weight": w.double(),
     }[matrix]
     energies = torch.linalg.svdvals(m).square()
-    config = CURConfig(energy=0.8, matrix=matrix)
+    config = CURConfig(energy=0.8, matrix=matrix, selection="deim")
     task = layer("a", w, config)
     view = SimpleNamespace(sites=lambda: iter([(SimpleNamespace(layers=(task,)), statistics(x))]))
     rank = settle(view, {"a": config})["a"].rank
@@ -365,18 +381,18 @@ def real(shipped_model, shipped_tokenizer, root) -> dict[str, tuple[Tensor, Tens
 
 
 def test_on_real_layers_each_improvement_improves(real):
-    """U for the outputs; greedy selection; neither beats the truncated SVD at equal rank."""
+    """U for the outputs, DEIM in the outputs, greedy selection; none beats the truncated SVD at equal rank."""
     for name, (w, x) in real.items():
         h = x.double().T @ x.double()
         losses = {
-            "paper": output_loss(cur(w, x, matrix="wanda", fit="weight"), w, x),
-            "scaled": output_loss(cur(w, x, fit="scaled"), w, x),
+            "paper": output_loss(cur(w, x, selection="deim", matrix="wanda", fit="weight"), w, x),
+            "scaled": output_loss(cur(w, x, selection="deim", matrix="scaled", fit="scaled"), w, x),
+            "deim": output_loss(cur(w, x, selection="deim", matrix="scaled"), w, x),
             "default": output_loss(cur(w, x), w, x),
-            "greedy": output_loss(cur(w, x, selection="greedy", matrix="full"), w, x),
         }
         rank = CUR.plan(LayerShape(name, *w.shape), CURConfig()).rank
-        assert decompose(w, rank, h).loss < losses["greedy"] < losses["default"] < losses["scaled"], name
-        assert losses["default"] < losses["paper"], name
+        assert decompose(w, rank, h).loss < losses["default"] < losses["deim"] < losses["scaled"], name
+        assert losses["deim"] < losses["paper"], name
 
 
 def test_bfloat16_loses_nothing_on_real_layers(real):
