@@ -22,6 +22,7 @@ from compress.calibration.store import HiddenStates, ReadOnly
 from compress.errors import RecipeError
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, SiteTask, View
 from compress.models.architecture import Site
+from compress.models.experts import unfuse_experts
 from compress.models.families import module_name
 from compress.pipeline.memory import Memory, tracked
 from compress.pipeline.output import OBSERVED
@@ -201,6 +202,7 @@ class StageView(View):
             return whole_model(self._plan, self._plan.rewrites, self._source, self._stage.scratch, self._stage.device)
         trusted = self._plan.recipe.model.trust_remote_code
         model = load(self._source, dtype=torch.float32, device=str(self._stage.device), trust_remote_code=trusted)
+        unfuse_experts(model, self._plan.architecture)
         return model.requires_grad_(False)
 
     def place(self, model: nn.Module, name: str) -> tuple[nn.Module, str]:
