@@ -173,18 +173,19 @@ class StreamedModel:
     # ---- the way out
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """The last block's output, through the final norm (and projection, where a family has one)."""
+        """The last block's output, through the final norm (and projection, where a family has one). Differentiable."""
         self._load_outside()
 
         def substitute(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return hidden
 
         zeros = torch.zeros(*hidden.shape[:2], self._table_width(), dtype=self.dtype, device=self.device)
-        with self._blocks_replaced([substitute] * self.n_blocks), torch.no_grad():
+        with self._blocks_replaced([substitute] * self.n_blocks):
             return self._backbone(inputs_embeds=zeros, use_cache=False).last_hidden_state
 
     def logits(self, normed: Tensor) -> Tensor:
-        """Logits [batch, length, vocabulary] of final normed hidden states, with whatever the family does after its head."""
+        """Logits [batch, length, vocabulary] of final normed hidden states, with whatever the family does after its head.
+        Differentiable, unless the head is compressed."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         class Output(BaseModelOutputWithPast):
@@ -197,8 +198,7 @@ class StreamedModel:
         zeros = torch.zeros(normed.shape[:2], dtype=torch.long, device=self.device)
         self._backbone.forward = lambda *args, **kwargs: Output(last_hidden_state=normed)
         try:
-            with torch.no_grad():
-                return self.skeleton.model(input_ids=zeros, use_cache=False).logits
+            return self.skeleton.model(input_ids=zeros, use_cache=False).logits
         finally:
             del self._backbone.forward
 
@@ -293,12 +293,31 @@ class TiledHead(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x.new_empty(*x.shape[:-1], self.weight.shape[0])
-        for first in range(0, self.weight.shape[0], HEAD_TILE):
-            rows = slice(first, first + HEAD_TILE)
-            bias = None if self.bias is None else self.bias[rows]
-            out[..., rows] = functional.linear(x, self.weight[rows].to(x.dtype), bias)
+        return _TiledProduct.apply(x, self.weight, self.bias)
+
+
+class _TiledProduct(torch.autograd.Function):
+    """x W^T + b and its gradient by x; of W, no more than a tile is ever there in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for rows in _tiles(weight):
+            out[..., rows] = functional.linear(x, weight[rows].to(x.dtype), None if bias is None else bias[rows])
         return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        by_x = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1])
+        for rows in _tiles(weight):
+            by_x += gradient[..., rows] @ weight[rows].to(gradient.dtype)
+        return by_x, None, None
+
+
+def _tiles(weight: Tensor) -> list[slice]:
+    return [slice(first, first + HEAD_TILE) for first in range(0, weight.shape[0], HEAD_TILE)]
 
 
 def _built(

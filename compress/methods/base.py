@@ -98,7 +98,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Extent:
-    """How large a whole model is that a method looks at, and what it runs it on. `shapes`: of the layers to be settled."""
+    """How large a whole model is that a method looks at, and what it runs it on. `shapes`: of the layers to be settled;
+    `n_rows`: rows that the tokens are in."""
 
     n_weights: int
     n_blocks: int
@@ -107,6 +108,7 @@ class Extent:
     n_tokens: int
     batch_tokens: int
     shapes: tuple[LayerShape, ...]
+    n_rows: int = 1
 
 
 class View(ABC):

@@ -16,11 +16,11 @@ import math
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compress.calibration.statistics import SecondMoment, SiteStatistics
 from compress.errors import RecipeError
+from compress.linalg.angles import angular_distance
 from compress.linalg.low_rank import spectrum
 from compress.linalg.ranks import energy_rank
 from compress.methods.base import Kept, Layer, View
@@ -46,11 +46,7 @@ def angular_distances(states: list[Tensor]) -> list[float]:
     Args:
         states: [rows, hidden] each: those that enter block 0, then those behind each block.
     """
-    angles = []
-    for before, behind in pairwise(states):
-        cosine = torch.nn.functional.cosine_similarity(before.double(), behind.double(), dim=-1)
-        angles.append(float(cosine.clamp(-1, 1).acos().mean()) / math.pi)
-    return angles
+    return [angular_distance(before, behind) for before, behind in pairwise(states)]
 
 
 def _in_chosen_blocks(view: View, configs: dict[str, CURConfig]) -> dict[str, CURConfig | Kept]:

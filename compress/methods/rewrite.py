@@ -118,12 +118,13 @@ class ModelView(ABC):
     batches: Sequence[Tensor]
 
     @abstractmethod
-    def embedded(self) -> HiddenStates:
-        """The hidden states that enter block 0, one tensor per batch; in memory up to a cap, on disk behind it. `close` it."""
+    def embedded(self, batches: Sequence[Tensor] | None = None) -> HiddenStates:
+        """The hidden states that enter block 0, one tensor per batch (of tokens; by default the calibration's); in memory up
+        to a cap, on disk behind it. `close` it."""
 
     @abstractmethod
-    def like(self, hidden: HiddenStates) -> HiddenStates:
-        """An empty store for hidden states of the same shapes."""
+    def like(self, hidden: HiddenStates, on_disk: bool = False) -> HiddenStates:
+        """An empty store for hidden states of the same shapes; `on_disk`: none of it in memory."""
 
     @abstractmethod
     def loaded(self, index: int) -> AbstractContextManager[LoadedBlock]:
@@ -132,7 +133,7 @@ class ModelView(ABC):
     @abstractmethod
     def losses(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Cross-entropy [rows] of each row's next tokens, mean over its tokens in nats, for hidden states behind the last
-        block. Differentiable in `hidden` where gradients are enabled."""
+        block; 0 for a row of one token. Differentiable in `hidden`. Logits of a few tokens are in memory at a time."""
 
     @abstractmethod
     def model(self) -> nn.Module:

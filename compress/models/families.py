@@ -103,17 +103,35 @@ def disk_name(architecture: Architecture, module_name: str) -> str:
 def changed_config(
     config: Mapping[str, Any], architecture: Architecture, *, blocks: Sequence[int] | None, untied: bool
 ) -> dict[str, Any]:
-    """config.json of a model of which only `blocks` stay (None: all), and whose head has a weight of its own if `untied`."""
+    """config.json of a model of which only `blocks` stay (None: all), and whose head has a weight of its own if `untied`.
+
+    Whatever config.json says, or leaves to be understood, of single blocks follows them to their new places.
+
+    Raises: RecipeError if a block computes something else in another place.
+    """
     changed = copy.deepcopy(dict(config))
     if untied:
         changed["tie_word_embeddings"] = False
     if blocks is None:
         return changed
-    key = architecture.table.keys.get("num_hidden_layers", "num_hidden_layers")
-    changed[key] = len(blocks)
-    for name, value in config.items():  # one entry for each block: kinds of attention, …
-        if isinstance(value, list) and len(value) == architecture.n_blocks and name != "architectures":
-            changed[name] = [value[block] for block in blocks]
+    table, n_blocks = architecture.table, architecture.n_blocks
+    moved = next((old for new, old in enumerate(blocks) if new != old), None)
+    if moved is not None and config.get("scale_attn_by_inverse_layer_idx"):
+        raise RecipeError(
+            f"config.json: scale_attn_by_inverse_layer_idx: attention is divided by the number of the block, which block {moved} "
+            f"would lose; only the last blocks of this model can be left out"
+        )
+    usual = "num_hidden_layers"
+    own = table.keys.get(usual, usual)
+    changed |= {key: len(blocks) for key in (usual, own) if key == own or key in config}
+    types = config.get("layer_types") or (table.layer_types(config, n_blocks) if table.layer_types else None)
+    if types is not None and ("layer_types" in config or len(set(types)) > 1):
+        changed["layer_types"] = [types[block] for block in blocks]
+    if "max_window_layers" in config:
+        changed["max_window_layers"] = sum(block < config["max_window_layers"] for block in blocks)
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        dense = [new for new, old in enumerate(blocks) if not _is_sparse(architecture.settings, old)]
+        changed |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
     return changed
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # as config.json has them
 Settings = Mapping[str, Any]  # config.json with the family's defaults under it, by the names that most families use
 
 
@@ -64,6 +65,7 @@ class Family:
         "apart"  # of queries, keys and values in the last linear of attn_in
     )
     bound: str | None = None  # why its residual stream cannot be written down in another basis
+    layer_types: Callable[[Settings, int], tuple[str, ...]] | None = None  # what config.json means where it has none
     one_width: bool = False  # its forward reshapes what leaves the last block to the width of the embeddings
 
 
@@ -85,6 +87,23 @@ def _adapt_opt(family: Family, settings: Settings) -> Family:
     return replace(family, final_norm=None) if settings["_remove_final_layer_norm"] else family
 
 
+def _every_nth_full(n: int, key: str | None = None) -> Callable[[Settings, int], tuple[str, ...]]:
+    """Kinds of attention where every n-th block sees all tokens and the others a window; config.json may have n as `key`."""
+
+    def kinds(config: Settings, n_blocks: int) -> tuple[str, ...]:
+        every = (config.get(key) if key else None) or n
+        return tuple(FULL if (i + 1) % every == 0 else SLIDING for i in range(n_blocks))
+
+    return kinds
+
+
+def _sliding_from(config: Settings, n_blocks: int) -> tuple[str, ...]:
+    """Kinds of attention where blocks from `max_window_layers` on see a window, if windows are in use."""
+    slides = config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
+    first = config.get("max_window_layers", 28) if slides else n_blocks
+    return tuple(SLIDING if i >= first else FULL for i in range(n_blocks))
+
+
 _LLAMA = Family("Llama 2, 3", _defaults(4096, 32, 32, 32000, 2048, num_key_value_heads=None))
 _QWEN3_NORMS = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm")
 _GEMMA2_NORMS = (
@@ -101,13 +120,17 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, title="Mistral", defaults=_defaults(4096, 32, 32, 32000, 131072, num_key_value_heads=8)),
     "qwen2": replace(
-        _LLAMA, title="Qwen 2, 2.5", defaults=_defaults(4096, 32, 32, 151936, 32768, num_key_value_heads=32)
+        _LLAMA,
+        title="Qwen 2, 2.5",
+        defaults=_defaults(4096, 32, 32, 151936, 32768, num_key_value_heads=32),
+        layer_types=_sliding_from,
     ),
     "qwen3": replace(
         _LLAMA,
         title="Qwen 3",
         defaults=_defaults(4096, 32, 32, 151936, 32768, num_key_value_heads=32, head_dim=128),
         norms=_QWEN3_NORMS,
+        layer_types=_sliding_from,
     ),
     "gemma": replace(
         _LLAMA,
@@ -124,6 +147,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         norms=_GEMMA2_NORMS,
         norm_offset=1.0,
         bound=_POST_NORMS,
+        layer_types=_every_nth_full(2),
         refusals={"use_bidirectional_attention": _NOT_CAUSAL},
     ),
     "gemma3_text": replace(
@@ -134,6 +158,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         norms=_GEMMA3_NORMS,
         norm_offset=1.0,
         bound=_POST_NORMS,
+        layer_types=_every_nth_full(6, "sliding_window_pattern"),
         refusals={"use_bidirectional_attention": _NOT_CAUSAL},
     ),
     "phi3": replace(

@@ -129,7 +129,7 @@ def _extent(plan: Plan, tokens: int, shapes: tuple[LayerShape, ...]) -> Extent:
     n_weights = sum(prod(info.shape) for info in plan.source.infos.values())
     batch_tokens = min(tokens, calibration.rows_per_batch * calibration.length)
     sizes = (n_weights, architecture.n_blocks, architecture.hidden_size, architecture.vocab_size, tokens, batch_tokens)
-    return Extent(*sizes, shapes)
+    return Extent(*sizes, shapes, calibration.samples if plan.needs_data else 1)
 
 
 def _rewriting_bytes(plan: Plan, tokens: int) -> int:

@@ -6,7 +6,7 @@ look again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from compress.calibration.store import Allowance, HiddenStates
 from compress.checkpoint.headers import read_header
@@ -22,6 +23,7 @@ from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.stream import StreamedModel
 from compress.checkpoint.writer import from_tensor, write_safetensors
 from compress.errors import CheckpointError, RecipeError
+from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
 from compress.methods.rewrite import LoadedBlock, ModelView
 from compress.models.branches import Branches, named_arguments
 from compress.models.families import module_name
@@ -105,16 +107,18 @@ class StreamedView(ModelView):
         self._model = open_source(plan, before, looking.source, looking.work, looking.dtype, looking.device)
         self.shape = model_shape(self._model.architecture, step.before.infos)
 
-    def embedded(self) -> HiddenStates:
-        first = self._model.embed(self.batches[0])
-        shapes = [(*ids.shape, first.shape[-1]) for ids in self.batches]
+    def embedded(self, batches: Sequence[Tensor] | None = None) -> HiddenStates:
+        batches = self.batches if batches is None else batches
+        first = self._model.embed(batches[0])
+        shapes = [(*ids.shape, first.shape[-1]) for ids in batches]
         hidden = HiddenStates(shapes, self._looking.dtype, self._allowance, self._looking.work)
-        for batch, ids in enumerate(self.batches):
+        for batch, ids in enumerate(batches):
             hidden[batch] = self._model.embed(ids)
         return hidden
 
-    def like(self, hidden: HiddenStates) -> HiddenStates:
-        return HiddenStates(list(hidden.shapes), hidden.dtype, self._allowance, self._looking.work)
+    def like(self, hidden: HiddenStates, on_disk: bool = False) -> HiddenStates:
+        allowance = Allowance(0) if on_disk else self._allowance
+        return HiddenStates(list(hidden.shapes), hidden.dtype, allowance, self._looking.work)
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[LoadedBlock]:
@@ -126,10 +130,16 @@ class StreamedView(ModelView):
             self._model.unload_block(index)
 
     def losses(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        hidden = hidden.to(self._model.device)
-        logits = self._model.logits(self._model.final_norm(hidden))[:, :-1].float()
-        targets = ids[:, 1:].to(logits.device)
-        return functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(-1)
+        model = self._model
+        normed = model.final_norm(hidden.to(model.device))[:, :-1]
+        targets = ids[:, 1:].to(model.device)
+        n_rows, n_targets = targets.shape
+        tokens = max(MIN_CHUNK_TOKENS, LOGIT_BYTES // (4 * model.architecture.vocab_size))
+        parts = [
+            _token_losses(model, part, following)
+            for part, following in zip(normed.flatten(0, 1).split(tokens), targets.flatten().split(tokens), strict=True)
+        ]
+        return torch.cat(parts).view(n_rows, n_targets).sum(-1) / max(n_targets, 1)
 
     def model(self) -> nn.Module:
         from compress.checkpoint.load import load
@@ -172,6 +182,19 @@ class StreamedView(ModelView):
 
     def close(self) -> None:
         self._model.close()
+
+
+def _token_losses(model: StreamedModel, normed: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each of `targets` [tokens]. For a backward pass, logits are computed again, not kept."""
+
+    def losses(normed: Tensor) -> Tensor:
+        return functional.cross_entropy(model.logits(normed[None])[0].float(), targets, reduction="none")
+
+    if not (torch.is_grad_enabled() and normed.requires_grad):
+        return losses(normed)
+    found = checkpoint(losses, normed, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(found, Tensor)
+    return found
 
 
 class _Loaded(LoadedBlock):
