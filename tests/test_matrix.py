@@ -50,7 +50,7 @@ CASES = [
         [{"dobi_svd": {"keep_ratio": 0.9, "steps": 0}}],
     ),
     Case("dobi_svd_conv1d_head", [{"dobi_svd": {"keep_ratio": 0.8}, "layers": ["*.c_*", "lm_head"]}], model="gpt2"),
-    Case("dobi_svd_experts", [{"dobi_svd": {"keep_ratio": 0.8, "steps": 0}}], model="mixtral"),
+    Case("dobi_svd_experts", [{"dobi_svd": {"keep_ratio": 0.8, "steps": 2}}], model="mixtral"),
     Case(
         "dobi_svd_then_gptq",
         [
