@@ -20,19 +20,19 @@ from compress.recipe import Recipe
 
 RATIOS = (0.95, 0.9, 0.8)
 LAYERS = ["*.q_proj", "*.k_proj", "*.gate_proj"]  # the paper's
-BEST = {"selection": "greedy", "matrix": "full", "heal": 1.0}
+DEIM, HEALED = {"selection": "deim"}, {"heal": 1.0}
 WAYS: dict[str, dict[str, Any]] = {  # heading -> settings
-    "the paper's matrix and fit": {"matrix": "wanda", "fit": "weight"},
+    "`deim`, the paper's matrix and fit": {**DEIM, "matrix": "wanda", "fit": "weight"},
+    "`deim`": DEIM,
     "as it comes": {},
-    "`heal: 1`": {"heal": 1.0},
-    "`heal: 1`, greedy": BEST,
+    "`heal: 1`": HEALED,
 }
 BLOCKS = (1, 2, 3, 4)
 ROUNDED: dict[str, list[dict[str, Any]]] = {
     "gptq, 4 bits": [],
-    "cur 0.8, greedy, `heal: 1`": [{"cur": {"keep_ratio": 0.8, **BEST}}],
-    "cur 0.8, greedy, `heal: 1`, then gptq, 4 bits": [{"cur": {"keep_ratio": 0.8, **BEST}}],
-    "cur 0.8, greedy, `heal: 1`, then rtn, 8 bits": [{"cur": {"keep_ratio": 0.8, **BEST}}],
+    "cur 0.8, `heal: 1`": [{"cur": {"keep_ratio": 0.8, **HEALED}}],
+    "cur 0.8, `heal: 1`, then gptq, 4 bits": [{"cur": {"keep_ratio": 0.8, **HEALED}}],
+    "cur 0.8, `heal: 1`, then rtn, 8 bits": [{"cur": {"keep_ratio": 0.8, **HEALED}}],
 }
 GPTQ, RTN = {"gptq": {"bits": 4, "group_size": 32, "clip": "mse"}}, {"rtn": {"bits": 8, "group_size": 32}}
 
@@ -97,10 +97,10 @@ def ratios(measure: Measure) -> Iterator[str]:
 
 def blocks(measure: Measure) -> Iterator[str]:
     """A few blocks at 0.8, chosen by angular distance; perplexity / KL."""
-    yield "| n_blocks | file | as it comes | `heal: 1` | `heal: 1`, greedy |"
+    yield "| n_blocks | file | `deim` | as it comes | `heal: 1` |"
     yield "|---|---|---|---|---|"
     for n_blocks in BLOCKS:
-        found = [measure({"cur": {"n_blocks": n_blocks, **own}}) for own in ({}, {"heal": 1.0}, BEST)]
+        found = [measure({"cur": {"n_blocks": n_blocks, **own}}) for own in (DEIM, {}, HEALED)]
         yield f"| {n_blocks} | {found[0][1] / 1e6:.2f} MB | " + " | ".join(cell for cell, _ in found) + " |"
 
 
