@@ -229,13 +229,12 @@ class StreamedModel:
     # ---- shared
 
     def whole(self) -> nn.Module:
-        """The model with all its weights, ordinary ones: a causal language model of transformers, experts unfused."""
+        """The model with all its weights: a causal language model of transformers, experts unfused."""
         self._load_outside()
-        names = [*self.skeleton.outside_tensors()]
-        for index in range(self.n_blocks):
-            names += self.skeleton.block_tensors(index)
-        for name in names:
-            self.skeleton.fill(name, self.reader.read(name, self.dtype).to(self.device))
+        inside = {name for index in range(self.n_blocks) for name in self.skeleton.block_tensors(index)}
+        self._fill([*self.skeleton.outside_tensors(), *inside], self.reader, self.specs, "")
+        if self.architecture.tied and self.architecture.embeddings[0] in self.specs:
+            self.load_head()
         return self.skeleton.model
 
     def _table_width(self) -> int:

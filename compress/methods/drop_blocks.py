@@ -28,7 +28,6 @@ distance, contiguous: Gromov et al., 2024, arXiv:2403.17887.
 from __future__ import annotations
 
 from fractions import Fraction
-from math import prod
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -44,7 +43,7 @@ PROTECTED = {"taylor": (4, 2), "magnitude": (4, 2)}  # first and last blocks; th
 class DropBlocksConfig(MethodConfig):
     n_drop: int | None = Field(None, ge=1, description="how many blocks go")
     keep_ratio: float | None = Field(
-        None, gt=0, lt=1, description="in place of n_drop: at most this fraction of the blocks' weights stays"
+        None, gt=0, lt=1, description="in place of n_drop: at most this fraction of the blocks' bytes stays"
     )
     blocks: tuple[int, ...] | None = Field(
         None, min_length=1, description="in place of a choice: these blocks, counted from 0"
@@ -87,9 +86,14 @@ class DropBlocks(ModelMethod):
     name = "drop_blocks"
     summary = "depth pruning: whole blocks are left out, those that are missed least"
     Config = DropBlocksConfig
+    on_compressed = True
 
     @classmethod
     def rewrite(cls, model: ModelShape, config: DropBlocksConfig, found: Found) -> Rewrite:
+        if config.score == "taylor" and model.compressed:
+            raise RecipeError(
+                "score=taylor needs gradients of ordinary weights, and this model is compressed; use score=perplexity"
+            )
         if config.blocks is not None:
             dropped, how = config.blocks, ""
             _check_named(model, dropped)
@@ -150,7 +154,7 @@ def enough(model: ModelShape, config: DropBlocksConfig, dropped: list[int]) -> b
     """Whether the model is as small as it should be. Raises: RecipeError if it is so only when nothing is left."""
     if config.n_drop is not None:
         return len(dropped) >= config.n_drop
-    sizes = block_weights(model)
+    sizes = block_bytes(model)
     assert config.keep_ratio is not None
     if len(dropped) == model.n_blocks:
         raise RecipeError(
@@ -170,25 +174,24 @@ def taken(model: ModelShape, config: DropBlocksConfig, order: list[int]) -> list
         dropped.append(block)
     if enough(model, config, dropped):
         return dropped
-    sizes = block_weights(model)
+    sizes = block_bytes(model)
     ratio = 1 - sum(sizes[block] for block in order) / sum(sizes)
     raise RecipeError(
-        f"keep_ratio={config.keep_ratio:g}: without all {len(order)} blocks that may go, {ratio:.3g} of the weights are left; "
+        f"keep_ratio={config.keep_ratio:g}: without all {len(order)} blocks that may go, {ratio:.3g} of the bytes are left; "
         f"use keep_ratio={ratio + 0.0005:.3f} or more, or a smaller protect"
     )
 
 
 def some(model: ModelShape, config: DropBlocksConfig) -> list[int]:
     """Blocks that might be chosen: the smallest, and of them the last, so that a result is no larger than planned."""
-    sizes = block_weights(model)
+    sizes = block_bytes(model)
     return taken(model, config, sorted(candidates(model, config), key=lambda block: (sizes[block], -block)))
 
 
-def block_weights(model: ModelShape) -> list[int]:
-    """How many numbers each block holds."""
+def block_bytes(model: ModelShape) -> list[int]:
+    """What each block takes."""
     return [
-        sum(prod(shape) for name, shape in model.shapes.items() if name.startswith(f"{prefix}."))
-        for prefix in model.blocks
+        sum(nbytes for name, nbytes in model.nbytes.items() if name.startswith(f"{prefix}.")) for prefix in model.blocks
     ]
 
 

@@ -16,13 +16,13 @@ goes on to the block before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calibration.store import HiddenStates
 from compress.errors import NumericsError
@@ -32,6 +32,7 @@ from compress.methods.base import Extent
 from compress.methods.drop_blocks import DropBlocksConfig, candidates, enough, taken
 from compress.methods.rewrite import ModelView
 from compress.methods.whole_model import FRAGMENTATION, LOGIT_COPIES, SAVED_HIDDEN
+from compress.modules.base import CompressedModule
 
 AT_ONCE = 8  # models with one block left out that run beside each other
 
@@ -214,7 +215,7 @@ def _by_gradients(
     scores: Scores = {}
     for block in reversed(stay):
         with view.loaded(block) as loaded:
-            matrices = [parameter for parameter in loaded.module.parameters() if parameter.ndim > 1]
+            matrices = list(_matrices(loaded.module))
             for matrix in matrices:
                 matrix.requires_grad_(True)
             for batch in range(len(batches)):
@@ -239,7 +240,7 @@ def magnitude(view: ModelView, batches: Sequence[Tensor], stay: Sequence[int], m
 
             def measured(block: int = block) -> float:
                 with view.loaded(block) as loaded:
-                    return sum(_absolute(matrix) for matrix in loaded.module.parameters() if matrix.ndim > 1)
+                    return sum(_absolute(matrix) for matrix in _matrices(loaded.module))
 
             scores[block] = view.remember(f"magnitude {block}", measured)
             advance(view.shape.blocks[block])
@@ -294,6 +295,16 @@ _LOOKS: dict[str, Callable[[ModelView, Sequence[Tensor], Sequence[int], Sequence
     "magnitude": magnitude,
     "angular_distance": angular,
 }
+
+
+def _matrices(module: nn.Module) -> Iterator[Tensor]:
+    """Every matrix of a block, compressed ones decoded."""
+    if isinstance(module, CompressedModule):
+        yield module.dense(torch.float32)
+        return
+    yield from (parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1)
+    for child in module.children():
+        yield from _matrices(child)
 
 
 def _absolute(matrix: Tensor) -> float:

@@ -62,6 +62,8 @@ class ModelShape:
         blocks: their prefixes.
         linears: names of all linears of the blocks.
         stream: its residual stream; raises RecipeError, by name and with the reason, if that cannot be rewritten.
+        nbytes: of every tensor.
+        compressed: names of modules that are compressed already (`ModelMethod.on_compressed`).
     """
 
     title: str
@@ -70,6 +72,8 @@ class ModelShape:
     linears: tuple[str, ...]
     hidden_size: int
     stream: Callable[[], Stream]
+    nbytes: Mapping[str, int] = field(default_factory=dict)
+    compressed: frozenset[str] = frozenset()
 
     @property
     def n_blocks(self) -> int:
@@ -168,12 +172,14 @@ class ModelView(ABC):
 class ModelMethod(ABC):
     """A method that rewrites the model. Subclasses set `name`, `summary` and `Config`; instances are not needed.
 
-    Steps with it stand before those that compress layers.
+    Steps with it stand before those that compress layers. `on_compressed`: whether it also works on a model that is
+    compressed already: it makes no tensors.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
+    on_compressed: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

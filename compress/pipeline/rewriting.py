@@ -7,7 +7,7 @@ would stand on disk. No file of it is ever written; `open_rewritten` reads it fr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -17,7 +17,7 @@ from compress.checkpoint.description import modules_of, own_config
 from compress.checkpoint.foreign import translated
 from compress.checkpoint.headers import TensorInfo
 from compress.checkpoint.source import Source
-from compress.errors import RecipeError
+from compress.errors import RecipeError, naming
 from compress.models.architecture import Architecture
 from compress.models.derived import Derived
 from compress.models.families import architecture_of, changed_config
@@ -142,26 +142,32 @@ def _planned(
 ) -> RewritePlan:
     infos = translated(source.config, source.infos)
     architecture = architecture_of(source.config, infos.keys())
-    where = f"steps.{number}.{method.name}"
-    if modules_of(source.config, infos):
+    where, specs = f"steps.{number}.{method.name}", modules_of(source.config, infos)
+    if specs and not method.on_compressed:
         raise RecipeError(
             f"{where}: {source.name} is compressed already, and {method.name} rewrites ordinary weights; begin with the original"
         )
-    shape = model_shape(architecture, infos)
-    try:
+    shape = model_shape(architecture, infos, specs)
+    with naming(where):
         rewrite = method.rewrite(shape, config, found)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
-    infos, tensors = _tensors_after(infos, architecture, rewrite, float_dtype)
-    changed = changed_config(source.config, architecture, blocks=rewrite.blocks, untied=rewrite.untied)
-    if not rewrite.structure.plain:
-        changed["quantization_config"] = own_config({}, rewrite.structure)
+        if rewrite.blocks is not None and architecture.structure.width is not None:
+            raise RecipeError(
+                "the blocks of a model with a narrower stream have a basis each, which leads from one to the next; put "
+                f"{method.name} before the step that makes the stream narrower"
+            )
+        changed = changed_config(source.config, architecture, blocks=rewrite.blocks, untied=rewrite.untied)
+    anew = _numbered_anew(architecture, rewrite)
+    infos, tensors = _tensors_after(infos, anew, rewrite, float_dtype)
+    moved = {new: spec for name, spec in specs.items() if (new := anew(name)) is not None}
+    structure = architecture.structure if rewrite.structure.plain else rewrite.structure
+    if specs or not structure.plain:
+        changed["quantization_config"] = own_config(moved, structure)
     after = replace(source, config=changed, infos=infos)
     return RewritePlan(number, method, config, source, after, tensors, rewrite, found.values)
 
 
-def model_shape(architecture: Architecture, infos: Mapping[str, TensorInfo]) -> ModelShape:
-    """A model as a method is told of it."""
+def model_shape(architecture: Architecture, infos: Mapping[str, TensorInfo], specs: Collection[str] = ()) -> ModelShape:
+    """A model as a method is told of it. `specs`: its modules that are compressed."""
     from compress.methods.rewrite import ModelShape
 
     def stream() -> Stream:
@@ -170,23 +176,37 @@ def model_shape(architecture: Architecture, infos: Mapping[str, TensorInfo]) -> 
     linears = tuple(name for sites in architecture.block_sites for site in sites for name in site.linears)
     shapes = {name: info.shape for name, info in infos.items()}
     title = f"{architecture.table.title} ({architecture.model_type})"
-    return ModelShape(title, shapes, architecture.blocks, linears, architecture.hidden_size, stream)
+    nbytes = {name: info.nbytes for name, info in infos.items()}
+    outline = (title, shapes, architecture.blocks, linears, architecture.hidden_size, stream)
+    return ModelShape(*outline, nbytes=nbytes, compressed=frozenset(specs))
+
+
+def _numbered_anew(architecture: Architecture, rewrite: Rewrite) -> Callable[[str], str | None]:
+    """Name of a tensor or module in the model before -> its name in the result; None if its block has gone."""
+    stay = range(architecture.n_blocks) if rewrite.blocks is None else rewrite.blocks
+    places = {architecture.blocks[old]: architecture.blocks[new] for new, old in enumerate(stay)}
+    blocks, depth = set(architecture.blocks), architecture.blocks[0].count(".") + 1
+
+    def anew(name: str) -> str | None:
+        parts = name.split(".")
+        block = ".".join(parts[:depth])
+        if block not in blocks:
+            return name
+        return ".".join([places[block], *parts[depth:]]) if block in places else None
+
+    return anew
 
 
 def _tensors_after(
-    infos: Mapping[str, TensorInfo], architecture: Architecture, rewrite: Rewrite, float_dtype: str
+    infos: Mapping[str, TensorInfo], anew: Callable[[str], str | None], rewrite: Rewrite, float_dtype: str
 ) -> tuple[dict[str, TensorInfo], dict[str, Derived | str]]:
-    stay = range(architecture.n_blocks) if rewrite.blocks is None else rewrite.blocks
-    anew = {f"{architecture.blocks[old]}.": f"{architecture.blocks[new]}." for new, old in enumerate(stay)}
-    gone = tuple(prefix for prefix in (f"{block}." for block in architecture.blocks) if prefix not in anew)
     some = next(iter(infos.values()))
     found: dict[str, TensorInfo] = {}
     tensors: dict[str, Derived | str] = {}
     for name in [*infos, *(name for name in rewrite.tensors if name not in infos)]:
-        if name in rewrite.removed or name.startswith(gone):
+        new = anew(name)
+        if name in rewrite.removed or new is None:
             continue
-        prefix = next((prefix for prefix in anew if name.startswith(prefix)), "")
-        new = anew.get(prefix, "") + name.removeprefix(prefix)
         made = rewrite.tensors.get(name)
         if made is None:
             tensors[new] = name
@@ -242,13 +262,13 @@ def open_source(
 
     trusted = plan.recipe.model.trust_remote_code
     if not rewrites:
-        return StreamedModel(folder, dtype, device, specs=plan.source_specs, trust_remote_code=trusted)
+        return StreamedModel(folder, dtype, device, trust_remote_code=trusted)
     described = work / f"rewritten-{rewrites[-1].number}"
     with writing(described):
         described.mkdir(parents=True, exist_ok=True)
     write_json(described / "config.json", rewrites[-1].after.config)
     reader = open_rewritten(folder, rewrites)
-    return StreamedModel(described, dtype, device, reader=reader, specs={}, trust_remote_code=trusted)
+    return StreamedModel(described, dtype, device, reader=reader, trust_remote_code=trusted)
 
 
 def whole_model(

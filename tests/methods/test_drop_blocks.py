@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +216,9 @@ def test_magnitude_needs_no_tokens_and_looks_at_matrices(tmp_path: Path):
     scores = result.report["rewrites"][0]["figures"]["rounds"][0]["scores"]
     assert result.report["calibration_tokens"] == 0
     for block, score in zip(blocks_of(load(source, dtype=torch.float32)), scores, strict=True):
-        assert score == pytest.approx(sum(float(p.abs().sum()) for p in block.parameters() if p.ndim > 1), rel=1e-5)
+        assert score == pytest.approx(
+            sum(float(p.detach().abs().sum()) for p in block.parameters() if p.ndim > 1), rel=1e-5
+        )
 
 
 @torch.no_grad()
@@ -268,6 +269,39 @@ def test_protected_blocks_stay(looked: Any, score: str):
     assert figures["blocks"] == [2, 3]
 
 
+# ---- a source that is compressed already
+
+
+@pytest.mark.parametrize(
+    "bits_and_format", [(4, "compressed-tensors"), (4, "compress"), (3, "compressed-tensors")], ids=str
+)
+@pytest.mark.parametrize("score", ["perplexity", "magnitude", "angular_distance"])
+def test_blocks_of_a_compressed_model_go_too(bits_and_format: Any, score: str, tmp_path: Path, text: Path):
+    bits, format_ = bits_and_format
+    save_tiny("llama_gqa_tied", tmp_path / "source", num_hidden_layers=4)
+    rounding = {"rtn": {"bits": bits, "group_size": 32}, "skip": "*.1.mlp.up_proj", "overrides": {"*.3.*": {"bits": 8}}}
+    recipe = recipe_for(tmp_path / "source", [rounding], text, evaluation=False, output={"format": format_})
+    run(recipe, tmp_path / "packed")
+    settings = {"n_drop": 1, "score": score, "protect": [1, 1]}
+    result = drop(tmp_path / "packed", tmp_path / "out", text, **settings)
+    (gone,) = result.report["rewrites"][0]["figures"]["blocks"]
+    specs = result.plan.specs
+    assert len(specs) == (21 if gone == 1 else 20) and specs["model.layers.2.mlp.down_proj"].bits == 8
+    original, shorter = load(tmp_path / "packed"), load(tmp_path / "out")
+    with torch.no_grad(), without(original, gone):
+        assert torch.equal(shorter(IDS, use_cache=False).logits, original(IDS, use_cache=False).logits)
+
+
+def test_gradients_of_a_compressed_model_are_refused(tmp_path: Path, text: Path):
+    save_tiny("llama", tmp_path / "source")
+    run(
+        recipe_for(tmp_path / "source", [{"rtn": {"bits": 4, "group_size": 32}}], text, evaluation=False),
+        tmp_path / "p",
+    )
+    with pytest.raises(RecipeError, match=r"^steps.0.drop_blocks: score=taylor needs gradients.*use score=perplexity"):
+        drop(tmp_path / "p", tmp_path / "out", text, n_drop=1, score="taylor")
+
+
 # ---- how many
 
 
@@ -276,14 +310,8 @@ def shape(n_blocks: int = 8, first: int = 1) -> ModelShape:
     prefixes = tuple(f"model.layers.{i}" for i in range(n_blocks))
     shapes = {f"{prefix}.w": (10, 10 * (first if i == 0 else 1)) for i, prefix in enumerate(prefixes)}
     shapes["lm_head.weight"] = (999, 10)
-    given = {
-        "shapes": shapes,
-        "blocks": prefixes,
-        "linears": (),
-        "hidden_size": 10,
-        "stream": lambda: pytest.fail("no"),
-    }
-    return ModelShape(**{field.name: given.get(field.name) for field in fields(ModelShape)})
+    nbytes = {name: 4 * math.prod(sizes) for name, sizes in shapes.items()}
+    return ModelShape("Llama", shapes, prefixes, (), 10, lambda: pytest.fail("not needed"), nbytes)
 
 
 def kept(config: DropBlocksConfig, model: ModelShape) -> int:
@@ -320,7 +348,7 @@ def test_blocks_of_unequal_size_are_counted_by_size():
         ({"n_drop": 3, "score": "taylor"}, "n_drop=3, but 2 of 8 blocks can go; use n_drop=2"),
         ({"n_drop": 1, "score": "taylor", "protect": (5, 3)}, r"protect=\[5, 3\] keeps all 8 blocks.*protect=\[1, 1\]"),
         ({"keep_ratio": 0.1}, "keep_ratio=0.1 leaves none of 8 blocks; use keep_ratio=0.125 or more"),
-        ({"keep_ratio": 0.5, "score": "magnitude"}, "without all 2 blocks that may go, 0.75 of the weights are left"),
+        ({"keep_ratio": 0.5, "score": "magnitude"}, "without all 2 blocks that may go, 0.75 of the bytes are left"),
         ({"blocks": (8,)}, "8 is no block of this model; they are 0 to 7"),
         ({"blocks": tuple(range(8))}, "leaves none"),
     ],
