@@ -67,6 +67,12 @@ def open_model(name: str, revision: str | None = None) -> Model:
     reader = open_reader(folder, config)
     with naming(name):
         specs = modules_of(config, reader.infos)
+        structure = architecture_of(config, reader.infos.keys()).structure
+        if not structure.plain:
+            raise RecipeError(
+                f"no format holds it, dense files neither: {structure.reason}; it runs as it is, with compress.load, or with "
+                f"transformers after `import compress`"
+            )
         if not specs:
             raise RecipeError(
                 "nothing in it is compressed, so there is nothing to export; compress it first: compress run"

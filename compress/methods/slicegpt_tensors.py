@@ -37,7 +37,7 @@ def sliced_tensors(
         for name in branch.writers:
             tensors |= maker.writer(name, k + 1, behind)
         block = model.blocks[k // 2]
-        shortcut = f"{block}.{'attn' if branch.kind == 'attention' else 'mlp'}_shortcut.weight"
+        shortcut = f"{block}.{'attn' if branch.kind == 'attention' else 'ffn'}_shortcut.weight"
         tensors[shortcut] = maker.shortcut(k, width, behind)
     removed |= maker.of_norm(stream.final_norm)
     tensors |= maker.head(len(norms), last_width)

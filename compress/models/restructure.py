@@ -11,6 +11,7 @@ The linears keep their names on disk (`families.module_name` knows of the wrappe
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,15 +59,19 @@ class Shortcuts:
 
     branches: Branches
     attn_shortcut: nn.Linear
-    mlp_shortcut: nn.Linear
+    ffn_shortcut: nn.Linear  # with "mlp" in its name transformers would rename it when it saves a Mixtral
+    original: type[nn.Module]
     returns_tuple: bool
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self, nn.Module)
         arguments = named_arguments(self, args, kwargs)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty_block, (self.original,), self.__dict__
+
         attended = self.branches.run("attention", self, hidden_states, arguments)
         middle = self.attn_shortcut(hidden_states) + attended
-        output = self.mlp_shortcut(middle) + self.branches.run("mlp", self, middle, arguments)
+        output = self.ffn_shortcut(middle) + self.branches.run("mlp", self, middle, arguments)
         return (output,) if self.returns_tuple else output
 
 
@@ -160,7 +165,7 @@ def _cut(tree: _Tree, stream: Stream, width: int, last_width: int) -> None:
             if isinstance(module, UnfusedExperts):
                 module.out_features = final
         dtype = next(iter(block.parameters())).dtype
-        for attribute, behind in (("attn_shortcut", width), ("mlp_shortcut", final)):
+        for attribute, behind in (("attn_shortcut", width), ("ffn_shortcut", final)):
             with torch.device("meta"):
                 block.add_module(attribute, nn.Linear(width, behind, bias=False, dtype=dtype))
         _with_shortcuts(block, Branches(architecture, index))
@@ -170,20 +175,27 @@ def _cut(tree: _Tree, stream: Stream, width: int, last_width: int) -> None:
 
 def _with_shortcuts(block: nn.Module, branches: Branches) -> None:
     """Only `forward` changes: transformers looks at the class of blocks to place them on devices."""
-    original = type(block)
-    annotation = str(original.forward.__annotations__.get("return", "")).lower()
-    fields = {
-        "branches": branches,
-        "original_forward": original.forward,
-        "returns_tuple": "tuple" in annotation,
-    }
-    block.__class__ = type(original.__name__, (Shortcuts, original), fields)
+    block.__class__ = _shortcut_class(type(block))
+    block.branches = branches  # type: ignore[assignment]
     block.requires_grad_(False)
 
 
 def _cut_linear(
     linear: nn.Module, transposed: bool, in_features: int | None = None, out_features: int | None = None
 ) -> None:
+@lru_cache(maxsize=64)
+def _shortcut_class(original: Any) -> type[nn.Module]:
+    annotation = str(original.forward.__annotations__.get("return", "")).lower()
+    fields = {"original": original, "original_forward": original.forward, "returns_tuple": "tuple" in annotation}
+    return type(original.__name__, (Shortcuts, original), fields)
+
+
+def _empty_block(original: type[nn.Module]) -> nn.Module:
+    """For copies and pickles, which then fill it."""
+    cls = _shortcut_class(original)
+    return cls.__new__(cls)
+
+
     rows, columns = linear.get_parameter("weight").shape
     if transposed:
         rows, columns = in_features or rows, out_features or columns

@@ -207,7 +207,7 @@ def _check(skeleton: Skeleton) -> None:
                 raise _mismatch(arch, f"the linears of {site.name} have inputs of different width: {sorted(widths)}")
         known = {f"{block}.{arch.experts.router}"} if arch.experts else set()
         if arch.structure.width is not None:
-            known |= {f"{block}.attn_shortcut", f"{block}.mlp_shortcut"}
+            known |= {f"{block}.attn_shortcut", f"{block}.ffn_shortcut"}
         for tensor_name, (module, attribute) in skeleton._slots(skeleton.module(block), block).items():
             owner = tensor_name.rpartition(".")[0]
             if getattr(module, attribute).ndim > 1 and owner not in in_sites and owner not in known:

@@ -28,7 +28,7 @@ class Structure:
             do nothing else: they hold no weights, their readers do.
         biases: all linears that read the stream have a bias, the head too.
         width: entries of the stream, fewer than config.json's hidden size. Each branch of a block then has a matrix that
-            the stream is multiplied with where it passes by (`{block}.attn_shortcut`, `{block}.mlp_shortcut`).
+            the stream is multiplied with where it passes by (`{block}.attn_shortcut`, `{block}.ffn_shortcut`).
         last_width: of the stream behind the last block.
         hadamard: kinds of sites, and the size of the Hadamard blocks by which their inputs are transformed first.
     """
