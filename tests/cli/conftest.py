@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -76,6 +77,22 @@ def recipe(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+@pytest.fixture
+def make(tmp_path: Path, text: Path) -> Callable[..., Path]:
+    """`make(step, ..., output={...})`: a recipe file for a tiny model with these steps."""
+    source = save_tiny("llama_gqa_tied", tmp_path / "source")
+
+    def write(*steps: dict[str, Any], **fields: Any) -> Path:
+        calibration = {"data": str(text), "samples": 6, "length": 48}
+        file = tmp_path / "recipe.yaml"
+        file.write_text(
+            yaml.safe_dump({"model": str(source), "calibration": calibration, "steps": list(steps), **fields})
+        )
+        return file
+
+    return write
 
 
 @pytest.fixture(scope="session")
