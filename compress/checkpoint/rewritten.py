@@ -64,7 +64,8 @@ class RewrittenReader(CheckpointReader):
         if info.name in self._cache:
             self._cache.move_to_end(info.name)
             return self._cache[info.name]
-        made = self._checked_result(info, source.make(*(self.base.read(name) for name in source.inputs)), info.shape)
+        inputs = [self.base.read(name) for name in source.inputs]
+        made = self._checked_result(info, source, inputs, info.shape)
         self._cache[info.name] = made
         while sum(tensor.nbytes for tensor in self._cache.values()) > self._cache_bytes and len(self._cache) > 1:
             self._cache.popitem(last=False)
@@ -77,17 +78,25 @@ class RewrittenReader(CheckpointReader):
         pieces = []
         for start in range(first, last, per_piece):
             rows = torch.arange(start, min(start + per_piece, last))
-            made = source.make(self.base.read_rows(source.inputs[0], rows), *others)
-            pieces.append(self._checked_result(info, made, (len(rows), *info.shape[1:])))
+            inputs = [self.base.read_rows(source.inputs[0], rows), *others]
+            pieces.append(self._checked_result(info, source, inputs, (len(rows), *info.shape[1:])))
         return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
 
-    def _checked_result(self, info: TensorInfo, made: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """In the dtype in which it is stored. Raises: NumericsError if that cannot hold it."""
+    def _checked_result(
+        self, info: TensorInfo, source: Derived, inputs: list[Tensor], shape: tuple[int, ...]
+    ) -> Tensor:
+        """What `source` makes of its inputs, in the dtype in which it is stored.
+
+        Raises: CheckpointError naming an input with NaN or infinity; NumericsError if the dtype cannot hold the result.
+        """
+        made = source.make(*inputs)
         assert tuple(made.shape) == shape, f"{info.name}: {tuple(made.shape)} where {shape} was planned"
         if not torch.isfinite(made).all():
-            raise CheckpointError(
-                f"{self.folder}: rewritten, tensor {info.name} holds NaN or infinity; the checkpoint is damaged: fetch it again"
-            )
+            for name, tensor in zip(source.inputs, inputs, strict=True):
+                if not torch.isfinite(tensor).all():
+                    raise CheckpointError(
+                        f"{self.folder}: tensor {name} holds NaN or infinity; the checkpoint is damaged: fetch it again"
+                    )
         stored = made.to(TORCH_DTYPES[info.dtype]).contiguous()
         if not torch.isfinite(stored).all():
             raise NumericsError(

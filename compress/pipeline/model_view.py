@@ -114,6 +114,11 @@ class StreamedView(ModelView):
         hidden = HiddenStates(shapes, self._looking.dtype, self._allowance, self._looking.work)
         for batch, ids in enumerate(batches):
             hidden[batch] = self._model.embed(ids)
+        if not hidden.finite:
+            raise CheckpointError(
+                f"{self._step.before.name}: tensor {self._model.architecture.embeddings[0]}.weight holds NaN or infinity; the "
+                f"checkpoint is damaged: fetch it again"
+            )
         return hidden
 
     def like(self, hidden: HiddenStates, on_disk: bool = False) -> HiddenStates:
