@@ -175,7 +175,7 @@ def _cut(tree: _Tree, stream: Stream, width: int, last_width: int) -> None:
 
 def _with_shortcuts(block: nn.Module, branches: Branches) -> None:
     """Only `forward` changes: transformers looks at the class of blocks to place them on devices."""
-    block.__class__ = _shortcut_class(type(block))
+    block.__class__ = _shortcut_class(type(block))  # type: ignore[arg-type]
     block.branches = branches  # type: ignore[assignment]
     block.requires_grad_(False)
 
@@ -192,7 +192,7 @@ def _shortcut_class(original: Any) -> type[nn.Module]:
 
 def _empty_block(original: type[nn.Module]) -> nn.Module:
     """For copies and pickles, which then fill it."""
-    cls = _shortcut_class(original)
+    cls = _shortcut_class(original)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
