@@ -36,7 +36,7 @@ from compress.checkpoint.translate import Untranslated
 from compress.errors import CheckpointError, RecipeError
 from compress.models.architecture import Architecture
 from compress.models.experts import unfuse_experts, without_expert_converters
-from compress.models.families import architecture_of, disk_name, module_name
+from compress.models.families import WRAPPED, architecture_of, disk_name, module_name, wrapped_linears
 from compress.models.restructure import StreamNorm, restructure
 from compress.models.structure import Structure
 from compress.modules.base import CompressedModule
@@ -72,6 +72,7 @@ class CompressQuantizer(HfQuantizer):
     quantization_config: CompressConfig
     guarded = False
     unfused = False
+    wrapped: tuple[str, ...] = ()  # linears of a block whose input is transformed first
     complete = True  # the head is there: what is saved can be loaded again
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -97,6 +98,7 @@ class CompressQuantizer(HfQuantizer):
         cut = _cut_prefix(model)
         if architecture is not None:
             restructure(model, architecture, cut)
+            self.wrapped = tuple(wrapped_linears(architecture))
         self.complete = not cut
         for name, spec in specs.items():
             inner = module_name(architecture, name) if architecture is not None else name
@@ -147,8 +149,11 @@ class CompressQuantizer(HfQuantizer):
             self.quantization_config.fields = own_config(renamed, architecture.structure)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Experts that we unfused are named as on disk: there is nothing to merge."""
-        return without_expert_converters(weight_conversions) if self.unfused else weight_conversions
+        """Experts that we unfused are named as on disk: there is nothing to merge. Linears in a wrapper are one deeper."""
+        from transformers.core_model_loading import WeightRenaming
+
+        kept = without_expert_converters(weight_conversions) if self.unfused else weight_conversions
+        return [*kept, *(WeightRenaming(f".{name}.", f".{name}{WRAPPED}.") for name in self.wrapped)]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What is saved. Should someone get round our `save_pretrained`, the copy must still not load without us."""

@@ -7,6 +7,8 @@ For P [p, n], P P^T = I, X = P^T, g = dL/dP and a step t:
     Y  = (I - t A / 2)^-1 (I + t A / 2) X,   P <- Y^T         orthogonal again, exactly
     M  <- A X                                                 the direction that was gone in
 
+A without the part that moves a vector v, (I - v v^T) A (I - v v^T), leaves P v alone: for rotations that keep the mean.
+
 t = min(lr, 1 / |A|_1): |A|_1 bounds the spectral norm, so the angle of a step stays below about 53 degrees, and the published
 approximation, five times Y <- X + t A (X + Y) / 2 from Y = X + t M, converges: it avoids the solve, and leaves P orthogonal to
 1e-4 or so. P must then be brought back now and then: rows to length 1 in every step, all of them by QR in a hundredth of
@@ -37,6 +39,7 @@ def cayley_step(
     lr: float,
     direction: Tensor | None = None,
     momentum: float = 0.0,
+    fixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step, solved exactly.
 
@@ -45,12 +48,13 @@ def cayley_step(
         gradient: dL/dP [p, n].
         lr: the largest step t.
         direction: M [n, p] of the step before, for `momentum`.
+        fixed: a vector v [n] of length 1; P v stays what it is. If v P = v for a square P, that stays so.
 
     Returns: P and M after the step, float64.
     Raises: NumericsError if the gradient is not finite.
     """
     point = point.double()
-    skew = _skew(point, _direction(gradient.double(), direction, momentum))
+    skew = _skew(point, _direction(gradient.double(), direction, momentum), fixed)
     half = skew * (_step(skew, lr) / 2)
     identity = torch.eye(len(half), dtype=half.dtype, device=half.device)
     turned = torch.linalg.solve(identity - half, (identity + half) @ point.T)
@@ -63,6 +67,7 @@ def cayley_step_approximate(
     lr: float,
     direction: Tensor | None = None,
     momentum: float = 0.0,
+    fixed: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step as published, in the dtype of `point`: products only.
@@ -76,10 +81,10 @@ def cayley_step_approximate(
     if generator is not None and float(torch.rand((), generator=generator, device=generator.device)) < QR_PROBABILITY:
         point = _by_qr(point)
     moved = _direction(gradient.to(point), direction, momentum)
-    skew = _skew(point, moved)
+    skew = _skew(point, moved, fixed)
     step = _step(skew, lr)
     start = point.T
-    turned = start + step * moved
+    turned = start + step * (moved if fixed is None else skew @ start)
     for _ in range(ITERATIONS):
         turned = start + (step / 2) * (skew @ (start + turned))
     return turned.T.contiguous(), skew @ start
@@ -115,9 +120,14 @@ def _direction(gradient: Tensor, before: Tensor | None, momentum: float) -> Tens
     return -gradient.T if before is None or momentum == 0 else momentum * before.to(gradient) - gradient.T
 
 
-def _skew(point: Tensor, moved: Tensor) -> Tensor:
+def _skew(point: Tensor, moved: Tensor, fixed: Tensor | None) -> Tensor:
     across = moved @ point - point.T @ (point @ moved @ point) / 2
-    return across - across.T
+    skew = across - across.T
+    if fixed is None:
+        return skew
+    fixed = fixed.to(skew)
+    kept = torch.outer(skew @ fixed, fixed)  # A v = 0 afterwards, and the steps leave v alone
+    return skew - kept + kept.T
 
 
 def _step(skew: Tensor, lr: float) -> float:

@@ -4,7 +4,7 @@ Row vectors, y = x W^T + b, W [out, in], R [n, n] orthogonal. In the new basis a
 
     reader     its input is in the new basis        W <- W R                                     `rotated_inputs`
     writer     its output is                        W <- R^T W,  b <- b R                        `rotated_outputs`
-    table      its rows are (embeddings)            E <- E R                                     `rotated_inputs`
+    table      its rows are (embeddings)            E <- E R                                     `rotated_rows`
     values     the rows of each key/value head      W[rows] <- R^T W[rows],  b[rows] <- b[rows] R   `rotated_heads`
     output     the columns of each query head       W[:, columns] <- W[:, columns] R             `rotated_head_inputs`
 
@@ -32,6 +32,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from compress.linalg.exact import exact_product
 from compress.linalg.rotation import Rotation
 
 
@@ -41,8 +42,9 @@ def folded(weight: Tensor, gain: Tensor) -> Tensor:
 
 
 def folded_bias(weight: Tensor, bias: Tensor | None, shift: Tensor) -> Tensor:
-    """b + W shift [out] of a reader behind a norm with `shift` [in]; `weight` [out, in] without the gain in it."""
-    product = weight.double() @ shift.double()
+    """b + W shift [out] of a reader behind a norm with `shift` [in]; `weight` [out, in] without the gain in it. Each entry is
+    the same, whichever others it is made with."""
+    product = exact_product(weight, shift.unsqueeze(-1)).squeeze(-1)
     return product if bias is None else product + bias.double()
 
 
@@ -53,8 +55,13 @@ def centred(x: Tensor, dim: int) -> Tensor:
 
 
 def rotated_inputs(weight: Tensor, rotation: Rotation) -> Tensor:
-    """W R: a reader [out, in], or any rows of a table [rows, n]. A bias of a reader does not change."""
+    """W R of a reader [out, in]. Its bias does not change."""
     return rotation.times(weight)
+
+
+def rotated_rows(rows: Tensor, rotation: Rotation) -> Tensor:
+    """E R of any rows of a table or a head [rows, n]: each comes out the same, whichever others it is made with."""
+    return rotation.times_rows(rows)
 
 
 def rotated_outputs(weight: Tensor, rotation: Rotation) -> Tensor:

@@ -21,6 +21,7 @@ METHODS = {  # name -> where it lives
     "dobi_svd": "compress.methods.dobi_svd:DobiSVD",
     "cur": "compress.methods.cur:CUR",
     "slicegpt": "compress.methods.slicegpt:SliceGPT",
+    "rotate": "compress.methods.rotate:Rotate",
     "drop_blocks": "compress.methods.drop_blocks:DropBlocks",
 }
 

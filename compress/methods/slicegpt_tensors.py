@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from compress.linalg.residual import centred, folded, folded_bias, rotated_inputs, rotated_outputs
+from compress.linalg.residual import centred, folded, folded_bias, rotated_inputs, rotated_outputs, rotated_rows
 from compress.linalg.rotation import DenseRotation
 from compress.methods.rewrite import ModelShape
 from compress.models.derived import Derived
@@ -72,7 +72,7 @@ class _Maker:
 
     def table(self, name: str, width: int) -> Derived:
         def make(rows: Tensor) -> Tensor:
-            return rotated_inputs(centred(rows, 1) if self.stream.layer_norm else rows, self.rotation(0))
+            return rotated_rows(centred(rows, 1) if self.stream.layer_norm else rows, self.rotation(0))
 
         rows = self.shapes[f"{name}.weight"][0]
         return Derived((rows, width), (f"{name}.weight",), make, by_rows=True)
@@ -124,7 +124,7 @@ class _Maker:
         vocabulary = self.shapes[source][0]
 
         def make(rows: Tensor, gain: Tensor) -> Tensor:
-            return rotated_inputs(folded(rows, self.gain(gain)), self.rotation(k))
+            return rotated_rows(folded(rows, self.gain(gain)), self.rotation(k))
 
         found = {f"{head}.weight": Derived((vocabulary, width), (source, f"{norm}.weight"), make, by_rows=True)}
         if f"{norm}.bias" in self.shapes:

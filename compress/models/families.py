@@ -82,7 +82,7 @@ def module_name(architecture: Architecture, disk_name: str) -> str:
     them, linears whose input is transformed are inside a wrapper (`restructure.py`)."""
     family = FAMILIES[architecture.family]
     name = disk_name
-    for linear in _wrapped(architecture):
+    for linear in wrapped_linears(architecture):
         name = _spliced(name, linear, linear + WRAPPED)
     name = ".".join(family.renamed.get(part, part) for part in name.split("."))
     if _has_prefix(architecture) or disk_name.split(".")[0] == family.head:
@@ -95,7 +95,7 @@ def disk_name(architecture: Architecture, module_name: str) -> str:
     family = FAMILIES[architecture.family]
     original = {module: disk for disk, module in family.renamed.items()}
     name = ".".join(original.get(part, part) for part in module_name.split("."))
-    for linear in _wrapped(architecture):
+    for linear in wrapped_linears(architecture):
         name = _spliced(name, linear + WRAPPED, linear)
     return name if _has_prefix(architecture) else name.removeprefix(f"{family.base}.")
 
@@ -135,7 +135,7 @@ def changed_config(
     return changed
 
 
-def _wrapped(architecture: Architecture) -> list[str]:
+def wrapped_linears(architecture: Architecture) -> list[str]:
     """The linears in each block whose input is transformed, relative to the block."""
     table = architecture.table
     inner = {"attn_out": table.attn_out, "mlp_out": table.mlp_out}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import RecipeError
+from compress.kernels.ops import hadamard_transform
 from compress.models.architecture import Architecture
 from compress.models.branches import Branches, named_arguments
 from compress.models.experts import UnfusedExperts
@@ -49,9 +50,11 @@ class Transformed(nn.Module):
         self.linear, self.size = linear, size
 
     def forward(self, x: Tensor) -> Tensor:
-        from compress.linalg.hadamard import transformed
+        return self.linear(hadamard_transform(x, self.size))
 
-        return self.linear(transformed(x, self.size))
+    def __getattr__(self, name: str) -> Any:
+        """What is not here is the linear's: models look at the weights of their linears."""
+        return super().__getattr__(name) if name == "linear" else getattr(self.linear, name)
 
 
 class Shortcuts:
@@ -63,12 +66,12 @@ class Shortcuts:
     original: type[nn.Module]
     returns_tuple: bool
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        assert isinstance(self, nn.Module)
-        arguments = named_arguments(self, args, kwargs)
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty_block, (self.original,), self.__dict__
 
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert isinstance(self, nn.Module)
+        arguments = named_arguments(self, args, kwargs)
         attended = self.branches.run("attention", self, hidden_states, arguments)
         middle = self.attn_shortcut(hidden_states) + attended
         output = self.ffn_shortcut(middle) + self.branches.run("mlp", self, middle, arguments)
@@ -180,9 +183,6 @@ def _with_shortcuts(block: nn.Module, branches: Branches) -> None:
     block.requires_grad_(False)
 
 
-def _cut_linear(
-    linear: nn.Module, transposed: bool, in_features: int | None = None, out_features: int | None = None
-) -> None:
 @lru_cache(maxsize=64)
 def _shortcut_class(original: Any) -> type[nn.Module]:
     annotation = str(original.forward.__annotations__.get("return", "")).lower()
@@ -196,6 +196,9 @@ def _empty_block(original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+def _cut_linear(
+    linear: nn.Module, transposed: bool, in_features: int | None = None, out_features: int | None = None
+) -> None:
     rows, columns = linear.get_parameter("weight").shape
     if transposed:
         rows, columns = in_features or rows, out_features or columns

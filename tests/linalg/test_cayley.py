@@ -31,6 +31,20 @@ def test_a_step_of_nothing_is_the_identity():
     torch.testing.assert_close(cayley_step_approximate(point, gradient, 0.0)[0], point)
 
 
+@pytest.mark.parametrize("take", [cayley_step, cayley_step_approximate])
+def test_a_fixed_vector_stays(take):
+    point, gradient, generator = problem()
+    fixed = torch.randn(16, generator=generator, dtype=torch.float64)
+    fixed /= fixed.norm()
+    image = point @ fixed
+    first = (gradient * point).sum()
+    for _ in range(10):
+        point, _ = take(point, gradient, 0.05, fixed=fixed)
+    torch.testing.assert_close(point @ fixed, image, rtol=0, atol=1e-6 if take is cayley_step_approximate else 1e-13)
+    assert (gradient * point).sum() < first - 0.5  # a linear loss, and it falls
+    assert deviation(point) < 1e-4
+
+
 def test_the_solved_step_is_the_cayley_transform():
     """An implementation by the formulas of the paper, without the tricks."""
     point, gradient, _ = problem(rows=5)

@@ -15,8 +15,9 @@ from compress.linalg.residual import (
     rotated_heads,
     rotated_inputs,
     rotated_outputs,
+    rotated_rows,
 )
-from compress.linalg.rotation import DenseRotation, HadamardRotation
+from compress.linalg.rotation import Deferred, DenseRotation, HadamardRotation, MeanKeeping
 
 N, WIDE, HEAD = 24, 40, 4
 
@@ -28,30 +29,48 @@ def normal(*shape, seed=0):
 def rotations(n):
     generator = torch.Generator().manual_seed(n)
     yield DenseRotation(random_orthogonal(n, generator))
-    yield HadamardRotation(n)
-    yield HadamardRotation(4, random_signs(n, generator))
+    yield HadamardRotation(n, n)
+    yield HadamardRotation(n, 4, random_signs(n, generator))
+
+    yield Deferred(n, lambda: DenseRotation(random_orthogonal(n, torch.Generator().manual_seed(1))))
+    yield MeanKeeping(HadamardRotation(n, n, random_signs(n, generator)))
 
 
 def rms(x):
     return x / x.square().mean(-1, keepdim=True).sqrt()
 
 
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+def close(a, b, atol=1e-12):
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=atol)
 
 
-@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("kind", range(5))
 def test_rotation_objects(kind):
     rotation = list(rotations(N))[kind]
     matrix = rotation.times(torch.eye(N))
     x = normal(3, 5, N)
+    assert rotation.width == N
     close(rotation.times(x), x @ matrix)
     close(rotation.times_transposed(x), x @ matrix.T)
+    torch.testing.assert_close(rotation.times_rows(x), x @ matrix, rtol=0, atol=1e-9)
     close(matrix @ matrix.T, torch.eye(N, dtype=torch.float64))
     if kind == 2:
         close(matrix.abs()[matrix != 0], torch.full((N * 4,), 0.5, dtype=torch.float64))
         blocks = torch.block_diag(*[hadamard(4)] * (N // 4))
         close(matrix, rotation.signs[:, None] * blocks)
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_rows_do_not_depend_on_each_other(kind):
+    """To the last bit, as a plain product of matrices is not."""
+    rotation = list(rotations(128))[kind]
+    table, shift = normal(300, 128), normal(128, seed=1)
+    whole, bias = rotated_rows(table, rotation), folded_bias(table, None, shift)
+    assert any(not torch.equal(table[i : i + 1] @ shift, (table @ shift)[i : i + 1]) for i in range(300))
+    for rows in (slice(0, 1), slice(3, 5), slice(17, 117), slice(299, 300)):
+        assert torch.equal(rotated_rows(table[rows], rotation), whole[rows])
+        assert torch.equal(folded_bias(table[rows], None, shift), bias[rows])
+    assert rotated_rows(table[:0], rotation).shape == (0, 128)
 
 
 def test_rms_does_not_see_the_basis_and_the_mean_does():
@@ -60,6 +79,18 @@ def test_rms_does_not_see_the_basis_and_the_mean_does():
         torch.testing.assert_close(rms(rotation.times(x)), rotation.times(rms(x)), rtol=1e-13, atol=1e-13)
     off = x + 3
     assert (rms(off - off.mean(-1, keepdim=True)) - rms(off)).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_layer_norm_does_not_see_a_basis_that_keeps_the_mean(kind):
+    rotation = MeanKeeping(list(rotations(N))[kind])
+    matrix = rotation.times(torch.eye(N))
+    close(matrix @ matrix.T, torch.eye(N, dtype=torch.float64))
+    close(matrix.sum(0), torch.ones(N, dtype=torch.float64))
+    x = normal(7, N) + 2
+    normed = functional.layer_norm(x, (N,), eps=0.3)
+    close(functional.layer_norm(rotation.times(x), (N,), eps=0.3), rotation.times(normed))
+    assert torch.equal(MeanKeeping(rotation).times(x), rotation.times(x))  # there is nothing to mend
 
 
 def test_gain_and_shift_belong_to_the_reader():
@@ -72,7 +103,7 @@ def test_gain_and_shift_belong_to_the_reader():
     )
     for b in (None, bias):
         expected = functional.linear(rms(x) * gain + shift, weight, b)
-        close(functional.linear(rms(x), folded(weight, gain), folded_bias(weight, b, shift)), expected)
+        close(functional.linear(rms(x), folded(weight, gain), folded_bias(weight, b, shift)), expected, 1e-9)
 
 
 def test_layer_norm_becomes_rms_where_writers_are_centred():
@@ -85,7 +116,7 @@ def test_layer_norm_becomes_rms_where_writers_are_centred():
     close(centred(table[4:6], 1), centred(table, 1)[4:6])  # a function of each row
 
 
-@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("kind", range(5))
 def test_a_block_in_another_basis(kind):
     """Two linears between a read and a write of the stream, with biases, gain and shift."""
     rotation = list(rotations(N))[kind]
@@ -102,10 +133,10 @@ def test_a_block_in_another_basis(kind):
     inner = functional.linear(
         rms(rotation.times(stream)), rotated_inputs(folded(up, gain), rotation), folded_bias(up, up_bias, shift)
     ).relu()
-    online = HadamardRotation(20)
+    online = HadamardRotation(WIDE, 20)
     down = rotated_inputs(rotated_outputs(down, rotation), online)  # and what meets the input of `down` while it runs
     added = functional.linear(transformed(inner, 20), down, rotated_outputs(down_bias, rotation))
-    close(rotation.times_transposed(rotation.times(stream) + added), expected)
+    close(rotation.times_transposed(rotation.times(stream) + added), expected, 1e-8)
 
 
 def attention(values, output, bias, n_kv, n_heads, mix, x):
@@ -183,5 +214,5 @@ def test_rotation_takes_away_outliers():
         scale = w.abs().amax(1, keepdim=True) / 7
         return float(((w / scale).round() * scale - w).square().sum() / w.square().sum())
 
-    moved = rotated_inputs(weight, HadamardRotation(128, random_signs(128, torch.Generator().manual_seed(0))))
+    moved = rotated_inputs(weight, HadamardRotation(128, 128, random_signs(128, torch.Generator().manual_seed(0))))
     assert rounding_error(moved) < rounding_error(weight) / 2
