@@ -19,12 +19,14 @@ from tests.tiny_models import save_tiny
 
 @dataclass(frozen=True)
 class Case:
-    """One method with settings that fit a model of width 64. `finer` are settings that must lose less."""
+    """One method with settings that fit a model of width 64. `finer` are settings that must lose less; `kl`: to the original,
+    at most (of logits over 288 tokens that know nothing it is about 5)."""
 
     name: str
     steps: list[dict[str, Any]]
     finer: list[dict[str, Any]] = field(default_factory=list)
     model: str = "llama_gqa_tied"
+    kl: float = 0.5
 
     def __str__(self) -> str:
         return self.name
@@ -84,6 +86,29 @@ CASES = [
     Case("cur_experts", [{"cur": {"keep_ratio": 0.8}}], model="mixtral"),
     Case("cur_then_gptq", [{"cur": {"keep_ratio": 0.8}}, {"gptq": {"bits": 4, "group_size": 8}}], model="llama"),
     Case("cur_then_rtn", [{"cur": {}, "layers": ["*.q_proj", "*.k_proj"]}, {"rtn": {"bits": 8, "group_size": 8}}]),
+    Case("drop_blocks", [{"drop_blocks": {"n_drop": 1, "rows": 4}}], kl=2.5),
+    Case(
+        "drop_blocks_taylor_then_gptq",
+        [
+            {"drop_blocks": {"n_drop": 1, "score": "taylor", "protect": [0, 0]}},
+            {"gptq": {"bits": 4, "group_size": 32}},
+        ],
+        kl=2.5,
+    ),
+    Case(
+        "drop_blocks_then_svd",
+        [{"drop_blocks": {"n_drop": 1, "selection": "iterative"}}, {"svd": {"keep_ratio": 0.8}}],
+        model="gpt2",
+        kl=1.5,
+    ),
+    Case(
+        "drop_blocks_experts",
+        [
+            {"drop_blocks": {"keep_ratio": 0.7, "score": "angular_distance"}},
+            {"rtn": {"bits": 8, "group_size": 32}},
+        ],
+        model="qwen3_moe",
+    ),
 ]
 
 
@@ -191,7 +216,7 @@ def test_interrupted_and_resumed_is_the_same(case: Case, runs: Any, text: Path, 
 def test_evaluation_is_close_to_the_original(case: Case, runs: Any) -> None:
     _, result = runs(case)
     fidelity = result.report["evaluation"]["fidelity"]
-    assert 0 <= fidelity["kl_mean"] < 0.5
+    assert 0 <= fidelity["kl_mean"] < case.kl
     assert fidelity["kl_mean"] <= fidelity["kl_max"]
     assert 0 < fidelity["top1_agreement"] <= 1
 

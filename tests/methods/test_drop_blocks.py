@@ -16,14 +16,16 @@ from pydantic import ValidationError
 from torch.nn import functional
 
 from compress.checkpoint.load import load
+from compress.checkpoint.stream import StreamedModel
 from compress.errors import RecipeError
 from compress.methods.base import Extent
 from compress.methods.drop_blocks import DropBlocks, DropBlocksConfig
 from compress.methods.rewrite import Found, ModelShape
 from compress.models.families import architecture_of, changed_config
 from compress.pipeline.model_view import StreamedView
+from compress.pipeline.progress import Silent
 from compress.pipeline.run import Machine, run
-from tests.runs import recipe_for
+from tests.runs import fingerprints, recipe_for
 from tests.tiny_models import TINY, save_tiny
 
 IDS = torch.arange(7, 31)[None]
@@ -267,6 +269,43 @@ def test_contiguous_is_the_run_with_the_smallest_angle_around_it(looked: Any):
 def test_protected_blocks_stay(looked: Any, score: str):
     figures, _, _ = looked(n_drop=2, score=score, protect=[2, 1])
     assert figures["blocks"] == [2, 3]
+
+
+@pytest.mark.parametrize("score", ["perplexity", "taylor", "magnitude"])
+def test_an_interrupted_look_goes_on(score: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
+    source = save_tiny("llama", tmp_path / "source", num_hidden_layers=5)
+    monkeypatch.setattr("compress.methods.drop_blocks_scores.AT_ONCE", 2)
+    settings = {"n_drop": 2, "score": score, "protect": [0, 0]}
+    if score != "magnitude":
+        settings["selection"] = "iterative"
+    recipe = recipe_for(source, [{"drop_blocks": settings}], text, evaluation=False)
+    loads: list[int] = []
+    load_block = StreamedModel.load_block
+    monkeypatch.setattr(
+        StreamedModel, "load_block", lambda self, i, *rest: (loads.append(i), load_block(self, i, *rest))[1]
+    )
+
+    class Stop(Silent):
+        left = {"perplexity": 12, "taylor": 14, "magnitude": 3}[score]  # 5 + 3 + 1 and 4 + 2; twice 5 and twice 4; 5
+        phase = ""
+
+        def begin(self, phase: str, total: int, unit: str) -> None:
+            self.phase = phase
+
+        def advance(self, steps: int = 1, detail: str = "") -> None:
+            self.left -= self.phase == "observe"
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    whole = run(recipe, tmp_path / "whole")
+    n_whole = len(loads)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "cut", progress=Stop())
+    loads.clear()
+    resumed = run(recipe, tmp_path / "cut")
+    assert n_whole - len(loads) == {"perplexity": 9, "taylor": 10, "magnitude": 3}[score]
+    assert resumed.report["rewrites"] == whole.report["rewrites"]
+    assert fingerprints(tmp_path / "cut") == fingerprints(tmp_path / "whole")
 
 
 # ---- a source that is compressed already
