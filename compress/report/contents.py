@@ -44,7 +44,9 @@ def sizes(sheet: Sheet) -> str:
 
 def layers(sheet: Sheet) -> str:
     """What became of each layer."""
-    return _of_run(sheet) if sheet.is_run else _of_evaluation(sheet)
+    if sheet.is_run:
+        return _of_run(sheet) if sheet.report["layers"] else ""
+    return _of_evaluation(sheet)
 
 
 def _of_run(sheet: Sheet) -> str:

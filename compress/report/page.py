@@ -14,8 +14,9 @@ from compress.report.contents import layers, sizes
 from compress.report.figures import Sheet
 from compress.report.origin import costs, loading, recipe, versions
 from compress.report.quality import benchmarks, blocks, speed
+from compress.report.rewrites import rewrites
 
-SECTIONS = (blocks, benchmarks, speed, sizes, layers, recipe, loading, costs, versions)
+SECTIONS = (rewrites, blocks, benchmarks, speed, sizes, layers, recipe, loading, costs, versions)
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -47,10 +48,13 @@ def title(sheet: Sheet) -> str:
 def head(sheet: Sheet) -> str:
     f = sheet.f
     if sheet.is_run:
-        methods = " and ".join(sorted({str(layer["method"]) for layer in sheet.report["layers"]}))
+        listed = sheet.report["layers"]
+        done = [str(step["method"]) for step in f.get("rewrites") or ()]
+        if listed:
+            done.append(f"{' and '.join(sorted({str(layer['method']) for layer in listed}))} on {len(listed)} layers")
         said = (
-            f"{f('n_blocks', 'count')} decoder blocks ({f.text('family')}), {escape(methods)} on {len(sheet.report['layers'])} "
-            f"layers, stored as {f.text('format')}"
+            f"{f('n_blocks', 'count')} decoder blocks ({f.text('family')}), {escape(', then '.join(done) or 'copied')}, stored "
+            f"as {f.text('format')}"
         )
     else:
         said = f"<code>{f.text('model/path')}</code>"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import log10
 from typing import TYPE_CHECKING, Any
@@ -133,6 +133,31 @@ def block_errors(blocks: Sequence[Mapping[str, Any]], strong: set[int]) -> Plot:
         figure.supylabel("relative error, %", color=MUTED, fontsize=FONT[width])
 
     return draw(paint, 3.9, "Relative error of hidden states by decoder block")
+
+
+def block_scores(scores: Sequence[float | None], gone: Collection[int], name: str, level: float | None = None) -> Plot:
+    """Bars: the score of each block, those that went in another colour. `level`: a line to compare them with."""
+    from matplotlib.ticker import MaxNLocator
+
+    known = [block for block, score in enumerate(scores) if score is not None]
+
+    def paint(figure: Figure, width: float) -> None:
+        axes = figure.subplots()
+        for went, colour, label in ((False, AFTER, "stays"), (True, STRONG, "left out")):
+            blocks = [block for block in known if (block in gone) == went]
+            axes.bar(blocks, [scores[block] or 0.0 for block in blocks], 0.72, color=colour, label=label)
+        if level is not None:
+            axes.axhline(level, color=INK, linewidth=1.2, label="with all blocks")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.grid(axis="y")
+        axes.set_xlim(-0.8, len(scores) - 0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12 if width == WIDE else 7, integer=True, min_n_ticks=1))
+        axes.set_xlabel("decoder block of the original")
+        axes.tick_params(length=0)
+        _legend(axes, 3)
+
+    return draw(paint, 2.4, f"{name}, by decoder block")
 
 
 def kind_bytes(kinds: Sequence[Mapping[str, Any]]) -> Plot:

@@ -160,8 +160,26 @@ def unknown_to_us(report: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def rewritten(report: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    """Blocks were left out first, in two looks."""
+    rounds = [
+        {"loss": 2.25, "scores": [87640.5, 2.75, 3.0, None]},
+        {"loss": 2.75, "scores": [9.5, None, 3.125, None]},
+    ]
+    figures = {"blocks": [1, 2], "order": [1, 2], "score": "perplexity", "selection": "iterative", "rounds": rounds}
+    steps = [
+        {"step": 0, "method": "drop_blocks", "note": "leaves out blocks 1, 2 of 0 to 3", "figures": figures},
+        {"step": 1, "method": "rotate", "note": "<turned>", "figures": {"seconds": 3}},
+    ]
+    return {**copy.deepcopy(report), "rewrites": steps, **changed}
+
+
 VARIANTS = {
     "run": lambda report: report,
+    "rewritten": rewritten,
+    "rewritten and nothing else": lambda report: rewritten(
+        report, layers=[], bytes_before=0, bytes_after=0, bits_per_weight=0.0
+    ),
     "everything": with_everything,
     "80 blocks": lambda report: many_blocks(report, 80),
     "strange": unknown_to_us,
@@ -243,6 +261,20 @@ def test_the_sections_are_those_that_there_are_figures_for(report: dict[str, Any
     assert headings(VARIANTS["unmeasured"](report)) == ["Bytes", "Layers", *how]
     assert headings(VARIANTS["tasks of one model"](report)) == ["Benchmarks", "Bytes", "Layers", "Versions"]
     assert headings(unknown_to_us(report))[0] == "Blocks"
+
+
+def test_what_rewrote_the_model_comes_first_with_a_bar_for_each_score(report: dict[str, Any]) -> None:
+    made = page(rewritten(report))
+    assert re.findall(r"<h2>(.*?)</h2>", made)[0] == "Rewritten first"
+    words = " ".join(read(made).words)
+    assert (
+        "drop_blocks, then rotate, then" in words
+        and "leaves out blocks 1, 2 of 0 to 3" in words
+        and "<turned>" in words
+    )
+    (wide, _) = re.findall(r'<svg[^>]*aria-label="loss of the calibration rows[^>]*>.*?</svg>', made, re.DOTALL)
+    colours = re.findall(r'<path d="M[^"]*z\s*"[^>]*clip-path[^>]*style="fill: var\(--(after|strong)\)', wide)
+    assert sorted(colours) == ["after", "strong", "strong"]
 
 
 def test_recipe_loading_and_warnings_are_there(report: dict[str, Any]) -> None:
