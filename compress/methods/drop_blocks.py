@@ -28,6 +28,7 @@ distance, contiguous: Gromov et al., 2024, arXiv:2403.17887.
 from __future__ import annotations
 
 from fractions import Fraction
+from math import ceil
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -159,7 +160,7 @@ def enough(model: ModelShape, config: DropBlocksConfig, dropped: list[int]) -> b
     if len(dropped) == model.n_blocks:
         raise RecipeError(
             f"keep_ratio={config.keep_ratio:g} leaves none of {model.n_blocks} blocks; use "
-            f"keep_ratio={max(sizes) / sum(sizes):.3g} or more"
+            f"keep_ratio={_rounded_up(max(sizes) / sum(sizes))} or more"
         )
     left = sum(sizes) - sum(sizes[block] for block in dropped)
     return left <= Fraction(str(config.keep_ratio)) * sum(sizes)
@@ -178,7 +179,7 @@ def taken(model: ModelShape, config: DropBlocksConfig, order: list[int]) -> list
     ratio = 1 - sum(sizes[block] for block in order) / sum(sizes)
     raise RecipeError(
         f"keep_ratio={config.keep_ratio:g}: without all {len(order)} blocks that may go, {ratio:.3g} of the bytes are left; "
-        f"use keep_ratio={ratio + 0.0005:.3f} or more, or a smaller protect"
+        f"use keep_ratio={_rounded_up(ratio)} or more, or a smaller protect"
     )
 
 
@@ -193,6 +194,11 @@ def block_bytes(model: ModelShape) -> list[int]:
     return [
         sum(nbytes for name, nbytes in model.nbytes.items() if name.startswith(f"{prefix}.")) for prefix in model.blocks
     ]
+
+
+def _rounded_up(ratio: float) -> float:
+    """To three digits behind the point: what an error names must work."""
+    return ceil(1000 * ratio) / 1000
 
 
 def _check_named(model: ModelShape, blocks: tuple[int, ...]) -> None:
