@@ -41,6 +41,7 @@ class RewrittenReader(CheckpointReader):
         self.base, self._tensors = base, tensors
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
+        self._last_tile: tuple[tuple[str, int], Tensor] = (("", 0), torch.empty(0))
 
     def close(self) -> None:
         self._cache.clear()
@@ -56,8 +57,10 @@ class RewrittenReader(CheckpointReader):
         row_bytes = info.nbytes // max(info.shape[0], 1) if info.shape else info.nbytes
         if source.by_rows and row_bytes:
             first, last = begin // row_bytes, -(-(begin + nbytes) // row_bytes)
-            rows = self._rows(info, source, first, last)
-            return rows.reshape(-1).view(torch.uint8)[begin - first * row_bytes :][:nbytes]
+            size = self._tile_rows(info, source)
+            tiles = [self._tile(info, source, number) for number in range(first // size, -(-last // size))]
+            rows = torch.cat(tiles) if len(tiles) != 1 else tiles[0]
+            return rows.reshape(-1).view(torch.uint8)[begin - first // size * size * row_bytes :][:nbytes]
         return self._made(info, source).reshape(-1).view(torch.uint8)[begin : begin + nbytes]
 
     def _made(self, info: TensorInfo, source: Derived) -> Tensor:
@@ -71,16 +74,28 @@ class RewrittenReader(CheckpointReader):
             self._cache.popitem(last=False)
         return made
 
-    def _rows(self, info: TensorInfo, source: Derived, first: int, last: int) -> Tensor:
-        others = [self.base.read(name) for name in source.inputs[1:]]
+    def read_rows(self, name: str, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        source = self._tensors.get(name)
+        if not isinstance(source, Derived) or not source.by_rows:
+            return super().read_rows(name, rows, dtype)
+        made = self._rows(self.info(name), source, rows)
+        return made if dtype is None else made.to(dtype)
+
+    def _tile_rows(self, info: TensorInfo, source: Derived) -> int:
         widest = max(self.base.info(source.inputs[0]).nbytes, info.nbytes) // max(info.shape[0], 1)
-        per_piece = max(ROWS_BYTES // (8 * max(widest, 1)), 1)
-        pieces = []
-        for start in range(first, last, per_piece):
-            rows = torch.arange(start, min(start + per_piece, last))
-            inputs = [self.base.read_rows(source.inputs[0], rows), *others]
-            pieces.append(self._checked_result(info, source, inputs, (len(rows), *info.shape[1:])))
-        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+        return max(ROWS_BYTES // (8 * max(widest, 1)), 1)
+
+    def _tile(self, info: TensorInfo, source: Derived, number: int) -> Tensor:
+        """Rows of a table, in the same tiles whoever asks for which: a product of other rows may differ in the last bit."""
+        if self._last_tile[0] != (info.name, number):
+            size = self._tile_rows(info, source)
+            rows = torch.arange(number * size, min((number + 1) * size, info.shape[0]))
+            self._last_tile = (info.name, number), self._rows(info, source, rows)
+        return self._last_tile[1]
+
+    def _rows(self, info: TensorInfo, source: Derived, rows: Tensor) -> Tensor:
+        inputs = [self.base.read_rows(source.inputs[0], rows), *(self.base.read(name) for name in source.inputs[1:])]
+        return self._checked_result(info, source, inputs, (len(rows), *info.shape[1:]))
 
     def _checked_result(
         self, info: TensorInfo, source: Derived, inputs: list[Tensor], shape: tuple[int, ...]

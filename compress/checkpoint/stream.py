@@ -66,6 +66,7 @@ class StreamedModel:
             self.specs = modules_of(raw, self.reader.infos) if specs is None else specs
             self.architecture = architecture_of(raw, self.reader.infos.keys())
         self.config, self.skeleton = _built(folder, self.architecture, dtype, trust_remote_code)
+        self.table_reader: CheckpointReader | None = None  # of the token table, where it has been written already
         self._backbone = _parent_of_blocks(self.skeleton.model, self.skeleton.blocks[0])
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._kept_bytes = 0
@@ -125,7 +126,7 @@ class StreamedModel:
         if not isinstance(table, CompressedModule):
             rows, ids = ids.unique(return_inverse=True)  # only the rows that occur are read
             name = f"{self.architecture.embeddings[0]}.weight"
-            weight = self.reader.read_rows(name, rows, self.dtype).to(self.device)
+            weight = (self.table_reader or self.reader).read_rows(name, rows, self.dtype).to(self.device)
             table.weight = nn.Parameter(weight, requires_grad=False)
             table.padding_idx = None  # type: ignore[assignment]  # for gradients only; would have to be among the rows
         entered: list[Tensor] = []
@@ -281,6 +282,8 @@ class StreamedModel:
 
     def close(self) -> None:
         self.reader.close()
+        if self.table_reader is not None:
+            self.table_reader.close()
 
 
 class TiledHead(nn.Module):
@@ -366,6 +369,9 @@ def rebuild_module(name: str, spec: ModuleSpec, stored: dict[str, Tensor], dtype
             )
         state[suffix] = tensor.to(wanted.dtype)
     module.load_state_dict(state, assign=True)
+    for inner, part in module.named_modules(prefix=name):
+        if isinstance(part, CompressedModule):
+            part.check_stored(inner)
     return module
 
 

@@ -422,6 +422,8 @@ class Stage:
         if table in self.plan.layers:  # a table is never plain: no method makes one so
             with CheckpointReader(self.out, read_header(self.out / finished.file)) as reader:
                 self.model.replace_table(self._read_module(table, reader))
+        elif self.plan.rewrites:  # rows of a rewritten table would be made again for every batch
+            self.model.table_reader = CheckpointReader(self.out, read_header(self.out / finished.file))
 
     def _check_head(self) -> None:
         """A head that cannot be used ends the run now and not behind the last block."""

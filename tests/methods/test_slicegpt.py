@@ -114,7 +114,7 @@ def test_a_basis_of_its_own_for_every_norm_is_the_same(family, tiny, tmp_path):
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(D, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", SLICEABLE)
+@pytest.mark.parametrize("family", ["llama_gqa_tied", "gemma", "gpt2", "opt", "gpt_neox_serial", "qwen3_moe"])
 def test_at_no_sparsity_a_run_gives_the_same_model(family, tiny, sliced):
     result = sliced(family, sparsity=0)
     loaded = compress.load(result.folder)
