@@ -64,9 +64,9 @@ class Family:
     value_layout: Literal["apart", "fused", "by_head"] = (
         "apart"  # of queries, keys and values in the last linear of attn_in
     )
+    one_width: bool = False  # its forward reshapes what leaves the last block to the width of the embeddings
     bound: str | None = None  # why its residual stream cannot be written down in another basis
     layer_types: Callable[[Settings, int], tuple[str, ...]] | None = None  # what config.json means where it has none
-    one_width: bool = False  # its forward reshapes what leaves the last block to the width of the embeddings
 
 
 def _defaults(hidden: int, blocks: int, heads: int, vocab: int, positions: int, **others: Any) -> Settings:
@@ -142,7 +142,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
     "gemma2": replace(
         _LLAMA,
         title="Gemma 2",
-        defaults=_defaults(2304, 26, 8, 256000, 8192, num_key_value_heads=4, tie_word_embeddings=True),
+        defaults=_defaults(2304, 26, 8, 256000, 8192, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
         mlp_norm="pre_feedforward_layernorm",
         norms=_GEMMA2_NORMS,
         norm_offset=1.0,
@@ -153,7 +153,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
     "gemma3_text": replace(
         _LLAMA,
         title="Gemma 3 (text)",
-        defaults=_defaults(2304, 26, 8, 262208, 131072, num_key_value_heads=4, tie_word_embeddings=True),
+        defaults=_defaults(2304, 26, 8, 262208, 131072, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
         mlp_norm="pre_feedforward_layernorm",
         norms=_GEMMA3_NORMS,
         norm_offset=1.0,
@@ -213,6 +213,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         layer_norm=True,
         value_layout="fused",
         transposed=True,
+        one_width=True,
         keys={
             "hidden_size": "n_embd",
             "num_hidden_layers": "n_layer",
@@ -238,7 +239,6 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> table
         head="embed_out",
         renamed={"embed_out": "lm_head"},
     ),
-        one_width=True,
     "mixtral": replace(
         _LLAMA,
         title="Mixtral",
