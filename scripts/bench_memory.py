@@ -31,7 +31,11 @@ WIDE = Shape(hidden=512, mlp=1408, heads=8, kv_heads=4, vocabulary=4096)
 LARGE = Shape(
     hidden=2048, mlp=5632, heads=32, kv_heads=4, vocabulary=32000, blocks=70
 )  # 1.1 B Llamas have 22 such blocks
-STEPS = {"rtn": {"rtn": {"bits": 4, "group_size": 128}}, "gptq": {"gptq": {"bits": 4, "group_size": 128}}}
+STEPS = {
+    "rtn": {"rtn": {"bits": 4, "group_size": 128}},
+    "gptq": {"gptq": {"bits": 4, "group_size": 128}},
+    "slicegpt": {"slicegpt": {"sparsity": 0.25}},
+}
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ def depth(options: argparse.Namespace, work: Path) -> tuple[list[Run], bool]:
         model = work / "model"
         shape = replace(WIDE, hidden=options.hidden, mlp=options.mlp, blocks=blocks)
         make_model(model, shape, None, options.threads)
-        name = f"{blocks} blocks"
-        runs.append(compress(name, model, "gptq", (options.samples, options.length), work, options.threads))
+        name = f"{options.method}, {blocks} blocks"
+        runs.append(compress(name, model, options.method, (options.samples, options.length), work, options.threads))
         shutil.rmtree(model)
         print(runs[-1].row(), file=sys.stderr, flush=True)
     peaks = [run.measured.peak_anonymous_bytes for run in runs]
@@ -141,6 +145,7 @@ def main() -> int:
     parser.add_argument("--depth", action="store_true", help="measure depths (the default if nothing is chosen)")
     parser.add_argument("--limit", action="store_true", help="measure under a limit; needs 10 GB of disk, takes long")
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 32, 96], help="[default: 8 32 96]")
+    parser.add_argument("--method", choices=sorted(STEPS), default="gptq", help="of --depth [default: gptq]")
     parser.add_argument("--hidden", type=int, default=WIDE.hidden, help=f"of --depth [default: {WIDE.hidden}]")
     parser.add_argument("--mlp", type=int, default=WIDE.mlp, help=f"of --depth [default: {WIDE.mlp}]")
     parser.add_argument("--samples", type=int, default=8, help="calibration rows of --depth [default: 8]")
