@@ -123,6 +123,7 @@ class CompressQuantizer(HfQuantizer):
                 model.set_submodule(name, module.translated())
             if isinstance(module, CompressedModule):
                 _check_shape(name, module)
+                module.check_stored(name)
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
         if self.quantization_config.standard is None:

@@ -69,13 +69,14 @@ def _reference(
     n_out = weight_packed.shape[0]
     flat = x.reshape(-1, in_features)
     out = x.new_empty(flat.shape[0], n_out)
-    for rows in _tiles(n_out, in_features):
+    for rows in row_tiles(n_out, in_features):
         weight = dequantize_rows(weight_packed, weight_scale, weight_zero_point, bits, in_features, rows).to(x.dtype)
         out[:, rows] = functional.linear(flat, weight, None if bias is None else bias[rows].to(x.dtype))
     return out.view(*x.shape[:-1], n_out)
 
 
-def _tiles(n_out: int, in_features: int) -> list[slice]:
+def row_tiles(n_out: int, in_features: int) -> list[slice]:
+    """Slices of whole rows of about TILE weights."""
     step = max(1, TILE // in_features)
     return [slice(start, min(start + step, n_out)) for start in range(0, n_out, step)]
 
@@ -123,7 +124,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = grad.new_zeros(*grad.shape[:-1], ctx.in_features)
-        for rows in _tiles(n_out, ctx.in_features):
+        for rows in row_tiles(n_out, ctx.in_features):
             weight = dequantize_rows(weight_packed, weight_scale, weight_zero_point, ctx.bits, ctx.in_features, rows)
             grad_x += grad[..., rows] @ weight.to(grad.dtype)
     grad_bias = grad.reshape(-1, n_out).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None

@@ -46,6 +46,7 @@ def round_columns(
     static_groups: bool = True,
     block_size: int = 128,
     feedback: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Rounded:
     """Round `weight` with error feedback.
 
@@ -59,6 +60,7 @@ def round_columns(
             at a time; this needs groups whole in `order`.
         block_size: columns between updates of the whole matrix.
         feedback: P [in, in] in `order`: each column, before it is rounded, adds w_i P[i, j] to the later ones (GPTAQ).
+        mask: bool [rows, in]: `weight` is 0 where it is False, and stays so; needs a symmetric `rule`.
 
     Returns: codes, grid and loss, in natural order.
     """
@@ -67,22 +69,25 @@ def round_columns(
     columns = torch.arange(n, device=weight.device) if order is None else order
     group_of = (columns // group_size).tolist()
     work = weight.T.index_select(0, columns)  # [in, rows], contiguous
-    updates = [_Update(upper, -upper.diagonal().unsqueeze(1), work)]  # - r_i U[i, j] / U[i, i]
+    updates = [Update(upper, -upper.diagonal().unsqueeze(1), work)]  # - r_i U[i, j] / U[i, i]
     if feedback is not None:
-        updates.append(_Update(feedback, None, torch.empty_like(work)))  # w_i P[i, j]
-    grids = _Grids(weight, group_size, rule)
+        updates.append(Update(feedback, None, torch.empty_like(work)))  # w_i P[i, j]
+    keep = None if mask is None else mask.T.index_select(0, columns)  # [in, rows]
+    assert keep is None or rule.symmetric
+    grids = ColumnGrids(weight, group_size, rule)
     if static_groups:
         grids.fit(slice(None), weight)
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
 
-    for left, right in _cuts(0, n, n if static_groups else max(GRID_WINDOW // group_size, 1) * group_size):
+    for left, right in cuts(0, n, n if static_groups else max(GRID_WINDOW // group_size, 1) * group_size):
         if not static_groups:
-            grids.fit(group_of[left:right:group_size], work[left:right].T)
-        for start, stop in _cuts(left, right, block_size):
-            for first, last in _cuts(start, stop, LEAF):
-                codes[first:last] = _round_leaf(updates, grids, group_of, first, last)
-                _propagate(updates, first, last, stop)
-            _propagate(updates, start, stop, n)
+            window = work[left:right] if keep is None else work[left:right] * keep[left:right]
+            grids.fit(group_of[left:right:group_size], window.T)
+        for start, stop in cuts(left, right, block_size):
+            for first, last in cuts(start, stop, LEAF):
+                codes[first:last] = _round_leaf(updates, grids, group_of, keep, first, last)
+                propagate(updates, first, last, stop)
+            propagate(updates, start, stop, n)
 
     loss = work.div_(upper.diagonal().unsqueeze(1)).square_().sum(0)
     natural = codes.T if order is None else codes[inverse_order(order)].T
@@ -90,7 +95,7 @@ def round_columns(
 
 
 @dataclass(frozen=True)
-class _Update:
+class Update:
     """w_j += source[i] coefficients[i, j] / divisor[i]; divided stripe by stripe, since the matrix may be large."""
 
     coefficients: Tensor  # [in, in]
@@ -103,7 +108,9 @@ class _Update:
         return piece if self.divisor is None else piece / self.divisor[first:last]
 
 
-def _round_leaf(updates: list[_Update], grids: _Grids, group_of: list[int], first: int, last: int) -> Tensor:
+def _round_leaf(
+    updates: list[Update], grids: ColumnGrids, group_of: list[int], keep: Tensor | None, first: int, last: int
+) -> Tensor:
     """Round columns first .. last-1 one after the other; they end as residuals. Returns their codes [columns, rows]."""
     work = updates[0].source[first:last]
     steps = torch.empty_like(work)  # code - zero_point
@@ -114,6 +121,8 @@ def _round_leaf(updates: list[_Update], grids: _Grids, group_of: list[int], firs
             source[i] = column
         group = group_of[first + i]
         grids.round(column, group, out=step)
+        if keep is not None:
+            step.mul_(keep[first + i])
         column.sub_(torch.mul(step, grids.scale[group], out=rounded))
         if first + i + 1 < last:
             for coefficients, source in within:
@@ -121,7 +130,7 @@ def _round_leaf(updates: list[_Update], grids: _Grids, group_of: list[int], firs
     return steps.add_(grids.zeros(group_of[first:last]))
 
 
-def _propagate(updates: list[_Update], first: int, last: int, stop: int) -> None:
+def propagate(updates: list[Update], first: int, last: int, stop: int) -> None:
     """What columns first .. last-1 do to columns last .. stop-1."""
     if last < stop:
         work = updates[0].source
@@ -129,13 +138,13 @@ def _propagate(updates: list[_Update], first: int, last: int, stop: int) -> None
             work[last:stop].addmm_(update.stripe(first, last, last, stop).T, update.source[first:last])
 
 
-def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+def cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     """Cut start .. stop into pieces of `size`, the last one shorter."""
     for left in range(start, stop, size):
         yield left, min(left + size, stop)
 
 
-class _Grids:
+class ColumnGrids:
     """The grids of a column loop, transposed like its columns: `scale` and `zero_point` [groups, rows]."""
 
     def __init__(self, weight: Tensor, group_size: int, rule: GridRule):

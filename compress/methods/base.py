@@ -36,6 +36,7 @@ class LayerShape:
     """A layer as the plan knows it. `kind` "embedding" is a lookup table [vocabulary, hidden], which has no inputs.
 
     `role`: what it is to attention (query, key, value, output); None for any other, and for fused ones. Leaves have none.
+    `masked`: an earlier step pruned it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerShape:
     kind: Literal["linear", "embedding"] = "linear"
     bias: bool = False
     role: Literal["q", "k", "v", "o"] | None = None
+    masked: bool = False
 
 
 Sizes = Callable[[str, ModuleSpec | None], int]
@@ -62,7 +64,8 @@ class Layer:
     """A layer to compress: its weight in float32 [out_features, in_features] whatever the layout on disk.
 
     `config` has the overrides for this layer applied. `scale_dtype` is the dtype in which float tensors are stored and
-    will be loaded: quantize with values rounded to it. `bias` is stored unchanged unless the method says otherwise.
+    will be loaded: quantize with values rounded to it. `bias` is stored unchanged unless the method says otherwise. `mask`,
+    bool [out_features, in_features], is where an earlier step kept weights; the others are 0 and must come out as 0.
     """
 
     name: str
@@ -71,11 +74,13 @@ class Layer:
     config: Any
     scale_dtype: torch.dtype
     kind: Literal["linear", "embedding"] = "linear"
+    mask: Tensor | None = None
 
     @property
     def shape(self) -> LayerShape:
         out_features, in_features = self.weight.shape
-        return LayerShape(self.name, out_features, in_features, self.kind, self.bias is not None)
+        masked = self.mask is not None
+        return LayerShape(self.name, out_features, in_features, self.kind, self.bias is not None, masked=masked)
 
 
 @dataclass(frozen=True)
@@ -171,13 +176,15 @@ class SiteMethod(ABC):
     """A method that works site by site. Subclasses set `name`, `summary` and `Config`; instances are not needed.
 
     `on_leaves`: whether it also works on the leaves of a module that an earlier step made (the factors of a low-rank
-    layer), or on whole weights only.
+    layer), or on whole weights only. `keeps_masks`: whether weights that an earlier step pruned come out as 0; other methods
+    are refused for pruned layers.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
     on_leaves: ClassVar[bool] = True
+    keeps_masks: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

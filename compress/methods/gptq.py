@@ -19,6 +19,9 @@ Departures from the original code: dead inputs get the mean of the diagonal, not
 nothing; they are dropped before grids are fitted; scales are rounded to their stored dtype first; static grids and
 act-order are the default.
 
+A weight that an earlier step pruned stays 0: q_i = 0 there, and what the columns before fed back to it is fed on with its
+own error. `prune` followed by this is not SparseGPT, which prunes and rounds in one loop (compress/methods/prune.py).
+
 GPTAQ ("asymmetric calibration", experimental): the inputs x come from compressed layers; x~ are the original model's.
 To match W x~ rather than W x, each column, before it is rounded, also adds to the later ones
 
@@ -84,6 +87,7 @@ class GPTQ(SiteMethod):
     name = "gptq"
     summary = "second-order rounding with error feedback: integer weights of 2 to 8 bits"
     Config = GPTQConfig
+    keeps_masks = True
 
     @classmethod
     def plan(cls, shape: LayerShape, config: GPTQConfig) -> QuantizedSpec:
@@ -203,6 +207,7 @@ def _compress_alike(
     for batch in _batches(layers):
         weight = torch.cat([layer.weight[rows] for layer, rows in batch])
         weight[:, dead] = 0
+        mask = _mask(batch)
         try:
             rounded = round_columns(
                 weight,
@@ -213,6 +218,7 @@ def _compress_alike(
                 static_groups=config.static_groups,
                 block_size=config.block_size,
                 feedback=curvature.feedback,
+                mask=mask,
             )
         except NumericsError as error:
             raise NumericsError(f"{', '.join(layer.name for layer, _ in batch)}: {error}") from None
@@ -229,6 +235,17 @@ def _compress_alike(
             figures = (float(loss[mine].double().sum()), float(energy[mine].double().sum()))
             pieces[layer.name].append(_Piece(rounded.codes[mine], rounded.grid.rows(mine), *figures))
     return {layer.name: _outcome(layer, pieces[layer.name], curvature, statistics, dead) for layer in layers}
+
+
+def _mask(batch: list[tuple[Layer, slice]]) -> Tensor | None:
+    """Where the rows may differ from 0: [rows, in]; None: everywhere."""
+    if all(layer.mask is None for layer, _ in batch):
+        return None
+    rows = [
+        torch.ones_like(layer.weight[rows], dtype=torch.bool) if layer.mask is None else layer.mask[rows]
+        for layer, rows in batch
+    ]
+    return torch.cat(rows)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class RTN(SiteMethod):
     name = "rtn"
     summary = "round to nearest: integer weights of 2 to 8 bits, no data needed"
     Config = RTNConfig
+    keeps_masks = True  # zero is on every grid, and adds nothing to a symmetric range or to the error of a clipped one
 
     @classmethod
     def plan(cls, shape: LayerShape, config: RTNConfig) -> QuantizedSpec:
@@ -87,7 +88,11 @@ def grid_rule(layer: Layer) -> GridRule:
 
 
 def quantized_spec(shape: LayerShape, config: RTNConfig) -> QuantizedSpec:
-    """What a layer of integer codes stores. Raises: RecipeError if the groups do not divide its rows."""
+    """What a layer of integer codes stores. Raises: RecipeError if groups do not divide its rows, or zeros have no code."""
+    if shape.masked and not config.symmetric:
+        raise RecipeError(
+            f"{shape.name}: is pruned by then, and the values that are left are stored without zero points; use symmetric: true"
+        )
     if config.group_size != -1 and shape.in_features % config.group_size:
         usable = divisors(shape.in_features, near=config.group_size)
         raise RecipeError(

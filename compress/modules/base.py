@@ -19,10 +19,13 @@ class Leaf:
 
     Its input is `input_map` x for the input x of the module; None: x itself. So what is known about x (its second moment
     H) need not be measured again for the leaf (it is T H T^T).
+
+    `mask`: where entries may differ from 0, and whoever compresses the leaf must leave the others at 0; None: everywhere.
     """
 
     weight: Tensor
     input_map: Tensor | None = None  # T [in_features, the module's in_features]
+    mask: Tensor | None = None  # bool [out_features, in_features]
 
 
 class CompressedModule(nn.Module, ABC):
@@ -69,6 +72,10 @@ class CompressedModule(nn.Module, ABC):
         """
         assert name == "", name
         return module
+
+    def check_stored(self, name: str) -> None:
+        """Raises: CheckpointError naming the tensor of module `name` whose contents, as they were loaded, cannot be."""
+        return
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keep a dense copy in `dtype` until `release`, so that repeated forwards do not decode again."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from compress.linalg.low_rank import refitted_left
 from compress.modules.base import CompressedModule, Leaf
 from compress.modules.cur_spec import CURSpec
-from compress.modules.factored import FactoredLinear, linear_with, weight_of
+from compress.modules.factored import FactoredLinear, leaf_of, linear_with, replaced, weight_of
 
 REFIT_DAMPING = 1e-6  # of the mean of the diagonal: enough to solve, too little to hold the factor back
 
@@ -37,11 +37,11 @@ class CURLinear(FactoredLinear):
         return (weight_of(self.columns) @ self._to_link()).to(dtype or self._float_dtype())
 
     def leaves(self) -> dict[str, Leaf]:
-        rows = weight_of(self.rows)
+        rows = leaf_of(self.rows)
         return {
-            "rows": Leaf(rows),
-            "link": Leaf(weight_of(self.link), rows),
-            "columns": Leaf(weight_of(self.columns), self._to_link()),
+            "rows": rows,
+            "link": leaf_of(self.link, rows.weight),
+            "columns": leaf_of(self.columns, self._to_link()),
         }
 
     def with_leaf(self, name: str, module: CompressedModule, second_moment: Tensor | None) -> CURLinear:
@@ -57,13 +57,13 @@ class CURLinear(FactoredLinear):
         if name == "rows":
             if isinstance(link, nn.Linear):
                 link = _refitted(link, weight_of(rows), changed, second_moment)
-            rows = module
+            rows = replaced(rows, module)
         elif name == "link":
             if isinstance(columns, nn.Linear):
                 columns = _refitted(columns, self._to_link(), changed @ weight_of(rows), second_moment)
-            link = module
+            link = replaced(link, module)
         else:
-            columns = module
+            columns = replaced(columns, module)
         return CURLinear(spec, rows, link, columns, bias=self.bias)
 
     def _to_link(self) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from compress.modules.base import CompressedModule
+from compress.modules.base import CompressedModule, Leaf
 from compress.modules.factored_spec import FactoredSpec
 from compress.modules.registry import module_class
 from compress.modules.spec import ModuleSpec
@@ -72,6 +74,18 @@ def linear_with(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
     return linear
+
+
+def leaf_of(factor: nn.Module, input_map: Tensor | None = None) -> Leaf:
+    """A factor as a leaf, with its mask if it is pruned."""
+    if isinstance(factor, CompressedModule):
+        return replace(factor.leaves()[""], input_map=input_map)
+    return Leaf(weight_of(factor), input_map)
+
+
+def replaced(factor: nn.Module, module: CompressedModule) -> CompressedModule:
+    """What stands in the place of a factor once `module` was made of its leaf."""
+    return factor.with_leaf("", module, None) if isinstance(factor, CompressedModule) else module
 
 
 def weight_of(factor: nn.Module) -> Tensor:

@@ -21,8 +21,13 @@ class FactoredSpec(ModuleSpec):
     rank: int
 
     def with_leaf(self, name: str, spec: ModuleSpec) -> FactoredSpec:
-        assert name in self.factors, name
-        return replace(self, **{name: spec})  # type: ignore[arg-type]
+        inside = self.factor(name)
+        changed = spec if inside is None else inside.with_leaf("", spec)
+        return replace(self, **{name: changed})  # type: ignore[arg-type]
+
+    def masked_leaves(self) -> frozenset[str]:
+        inside = {name: self.factor(name) for name in self.factors}
+        return frozenset(name for name, spec in inside.items() if spec is not None and "" in spec.masked_leaves())
 
     def factor(self, name: str) -> ModuleSpec | None:
         """How a factor is stored; None: as plain floats."""

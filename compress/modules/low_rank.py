@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from compress.linalg.low_rank import refitted_left
 from compress.modules.base import CompressedModule, Leaf
-from compress.modules.factored import FactoredLinear, linear_with, weight_of
+from compress.modules.factored import FactoredLinear, leaf_of, linear_with, replaced, weight_of
 from compress.modules.low_rank_spec import LowRankSpec
 
 REFIT_DAMPING = 1e-6  # of the mean of diag(R H R^T): enough to solve, too little to hold the left factor back
@@ -37,18 +37,18 @@ class LowRankLinear(FactoredLinear):
         return (left @ right).to(dtype or self._float_dtype())
 
     def leaves(self) -> dict[str, Leaf]:
-        right = weight_of(self.right)
-        return {"right": Leaf(right), "left": Leaf(weight_of(self.left), right)}
+        right = leaf_of(self.right)
+        return {"right": right, "left": leaf_of(self.left, right.weight)}
 
     def with_leaf(self, name: str, module: CompressedModule, second_moment: Tensor | None) -> LowRankLinear:
         """A changed right factor refits the left one, unless that is compressed already."""
         assert name in self.spec.factors, name
         spec = self.spec.with_leaf(name, module.spec)
         if name == "left":
-            return LowRankLinear(spec, self.right, module, bias=self.bias)
+            return LowRankLinear(spec, self.right, replaced(self.left, module), bias=self.bias)
         left = self.left
         if isinstance(left, nn.Linear):
             changed = module.dense(torch.float32)
             fitted = refitted_left(weight_of(left), weight_of(self.right), changed, second_moment, REFIT_DAMPING)
             left = linear_with(fitted.to(left.weight.dtype))
-        return LowRankLinear(spec, module, left, bias=self.bias)
+        return LowRankLinear(spec, replaced(self.right, module), left, bias=self.bias)

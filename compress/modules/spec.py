@@ -52,6 +52,10 @@ class ModuleSpec(ABC):
         """
         return {"": (self.out_features, self.in_features)}
 
+    def masked_leaves(self) -> frozenset[str]:
+        """The leaves some entries of which are 0 and stay so: those of pruned weights."""
+        return frozenset()
+
     def with_leaf(self, name: str, spec: ModuleSpec) -> ModuleSpec:
         """This module with leaf `name` stored as `spec`."""
         assert name == "", name
@@ -79,6 +83,7 @@ SPECS = {  # representation -> where its spec lives
     "quantized": "compress.modules.quantized_spec:QuantizedSpec",
     "low_rank": "compress.modules.low_rank_spec:LowRankSpec",
     "cur": "compress.modules.cur_spec:CURSpec",
+    "sparse": "compress.modules.sparse_spec:SparseSpec",
     "remapped_low_rank": "compress.modules.remapped_spec:RemappedSpec",
 }
 ENTRY_POINTS = "compress.representations"

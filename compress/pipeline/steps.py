@@ -7,7 +7,7 @@ made of it (the two factors of a low-rank layer), each of them like a layer of i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import TYPE_CHECKING
 
@@ -181,9 +181,17 @@ def _spec_after(
     """The spec of a layer behind a step, or why it is kept."""
     from compress.methods.base import Kept, LayerShape
 
-    leaves = {"": (shape.out_features, shape.in_features)} if before is None else before.leaf_shapes()
-    if before is None or set(leaves) == {""}:
+    if before is None:
         return method.plan(shape, config)
+    leaves, masked = before.leaf_shapes(), before.masked_leaves()
+    if masked and not method.keeps_masks:
+        raise RecipeError(
+            f"{where}: {leaf_name(shape.name, min(masked))} is pruned by then, and {method.name} would fill its zeros; put it "
+            f"before the step that prunes, or skip the layer"
+        )
+    if set(leaves) == {""}:
+        whole = method.plan(replace(shape, masked="" in masked), config)
+        return whole if isinstance(whole, Kept) else before.with_leaf("", whole)
     if not method.on_leaves:
         raise RecipeError(
             f"{where}: {shape.name} is stored as {before.representation} by then, and {method.name} works on whole weights; "
@@ -197,7 +205,8 @@ def _spec_after(
         )
     spec = before
     for leaf, (out_features, in_features) in leaves.items():
-        found = method.plan(LayerShape(leaf_name(shape.name, leaf), out_features, in_features), config)
+        part = LayerShape(leaf_name(shape.name, leaf), out_features, in_features, masked=leaf in masked)
+        found = method.plan(part, config)
         if isinstance(found, Kept):
             continue
         spec = spec.with_leaf(leaf, found)

@@ -89,8 +89,11 @@ class _Work:
         shapes = {"": (0, 0)} if self.module is None else self.module.spec.leaf_shapes()
         self.leaves = list(shapes)
         if self.leaves != [""]:
+            masked = frozenset() if self.module is None else self.module.spec.masked_leaves()
             planned = {
-                leaf: self.step.method.plan(LayerShape(leaf_name(self.target.name, leaf), *shape), config)
+                leaf: self.step.method.plan(
+                    LayerShape(leaf_name(self.target.name, leaf), *shape, masked=leaf in masked), config
+                )
                 for leaf, shape in shapes.items()
             }
             self.leaves = [leaf for leaf in self.leaves if not isinstance(planned[leaf], Kept)]
@@ -134,5 +137,6 @@ def _job(work: _Work, name: str, scale_dtype: torch.dtype) -> _Job:
         work.step.configs[target.name],
         scale_dtype,
         target.kind if whole else "linear",
+        leaf.mask,
     )
     return _Job(work, name, leaf, layer)
