@@ -7,6 +7,7 @@ own sampling error is larger; second moments of more tokens than that are summed
 
     SecondMoment   sum_t x_t x_t^T                       [in, in]
     CrossMoment    sum_t (x~_t - x_t) x_t^T              [in, in]    x~: the input that the original model has there
+    SquareSum      sum_t x_t^2, the diagonal of SecondMoment                    [in]
     AbsMean        mean_t |x_t|                          [in]
     AbsMax         max_t |x_t|                           [in]
     Sample(n)      n of the inputs, chosen by a seeded draw over all tokens      [n, in]
@@ -106,6 +107,17 @@ class CrossMoment(Request):
 
     def start(self, in_features: int, n_tokens: int, generator: torch.Generator) -> Accumulator:
         return _CrossMoment(in_features, n_tokens)
+
+
+@dataclass(frozen=True)
+class SquareSum(Request):
+    what: ClassVar[str] = "the sum of squares"
+
+    def nbytes(self, in_features: int) -> int:
+        return 8 * in_features
+
+    def start(self, in_features: int, n_tokens: int, generator: torch.Generator) -> Accumulator:
+        return _SquareSum(in_features)
 
 
 @dataclass(frozen=True)
@@ -212,6 +224,17 @@ class _CrossMoment(Accumulator):
 
     def result(self) -> Tensor:
         return self.total
+
+
+class _SquareSum(Accumulator):
+    def __init__(self, in_features: int):
+        self.total = torch.zeros(in_features, dtype=torch.float64)
+
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        self.total = self.total.to(x.device) + x.square().sum(0, dtype=torch.float64)
+
+    def result(self) -> Tensor:
+        return self.total.float()
 
 
 class _AbsMean(Accumulator):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
     "gptq": "compress.methods.gptq:GPTQ",
+    "prune": "compress.methods.prune:Prune",
     "svd": "compress.methods.svd:SVD",
     "laser": "compress.methods.laser:LASER",
     "dobi_svd": "compress.methods.dobi_svd:DobiSVD",
