@@ -94,6 +94,23 @@ CASES = [
         model="llama",
     ),
     Case("cur_then_rtn", [{"cur": {}, "layers": ["*.q_proj", "*.k_proj"]}, {"rtn": {"bits": 8, "group_size": 8}}]),
+    Case("prune", [{"prune": {}}], [{"prune": {"pattern": "3:4"}}], kl=0.8),
+    Case("prune_wanda_n_m", [{"prune": {"score": "wanda", "pattern": "5:8"}}]),
+    Case("prune_unstructured", [{"prune": {"score": "nowag", "sparsity": 0.3}}]),
+    Case("prune_joint", [{"prune": {"sparsity": 0.4, "bits": 5, "group_size": 32}}]),
+    Case("prune_conv1d_head", [{"prune": {}, "layers": ["*.c_*", "lm_head"]}], model="gpt2"),
+    Case("prune_experts", [{"prune": {"score": "magnitude"}}], model="mixtral"),
+    Case("prune_then_gptq", [{"prune": {}}, {"gptq": {"bits": 4, "group_size": 32, "order": "gar"}}], model="llama"),
+    Case("prune_unstructured_then_rtn", [{"prune": {"sparsity": 0.3}}, {"rtn": {"bits": 6, "group_size": 16}}]),
+    Case(
+        "svd_prune_gptq",
+        [
+            {"svd": {"keep_ratio": 0.9}},
+            {"prune": {"pattern": "6:8"}},
+            {"gptq": {"bits": 5, "group_size": 8}, "skip": "*.down_proj"},
+        ],
+        model="llama",
+    ),
     Case("drop_blocks", [{"drop_blocks": {"n_drop": 1, "rows": 4}}], kl=2.5),
     Case(
         "drop_blocks_taylor_then_gptq",
