@@ -108,6 +108,8 @@ class CompressQuantizer(HfQuantizer):
                 )
         if architecture is not None:
             _check_complete(model, cut, architecture, stored.keys(), self.unfused)
+            if not architecture.structure.plain:
+                _check_restructured(model, cut, architecture, stored)
         if layouts:
             self._describe_translated(specs, architecture, config)
         if architecture is not None:
@@ -257,6 +259,17 @@ def _check_complete(model: Any, cut: str, architecture: Architecture, stored: It
         name = disk_name(architecture, inner)
         if name not in stored:
             raise CheckpointError(f"{name}: no file of the checkpoint holds this tensor; fetch the missing shards")
+
+
+def _check_restructured(model: Any, cut: str, architecture: Architecture, stored: Mapping[str, TensorInfo]) -> None:
+    """Shapes that follow from the described structure are those of the files."""
+    for key, tensor in model.state_dict().items():
+        info = stored.get(disk_name(architecture, cut + key))
+        if info is not None and info.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{info.name}: {list(info.shape)} is stored, and by config.json's quantization_config.structure it is "
+                f"{list(tensor.shape)}; the two are not of one model: fetch both again"
+            )
 
 
 def _check_shape(name: str, module: CompressedModule) -> None:
