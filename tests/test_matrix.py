@@ -65,6 +65,22 @@ CASES = [
     Case("svd_refit", [{"svd": {"keep_ratio": 0.7, "refit": 0.5}}]),
     Case("svd_conv1d_head", [{"svd": {"keep_ratio": 0.8}, "layers": ["*.c_*", "lm_head"]}], model="gpt2"),
     Case("svd_experts", [{"svd": {"keep_ratio": 0.8}}], model="mixtral"),
+    Case(
+        "svd_loss",
+        [{"svd": {"keep_ratio": 0.7, "allocation": "loss"}}],
+        [{"svd": {"keep_ratio": 0.9, "allocation": "loss"}}],
+    ),
+    Case(
+        "svd_heavy_tail", [{"svd": {"keep_ratio": 0.8, "allocation": "heavy_tail", "objective": "plain"}}], model="gpt2"
+    ),
+    Case(
+        "svd_loss_refit_then_gptq",
+        [
+            {"svd": {"keep_ratio": 0.9, "allocation": "loss", "refit": 0.5}},
+            {"gptq": {"bits": 4, "group_size": 8}},
+        ],
+        model="llama",
+    ),
     Case("laser", [{"laser": {"rate": 0.9}}]),
     Case("laser_conv1d", [{"laser": {"rate": 0.5}, "layers": "*.c_proj"}], model="gpt2"),
     Case("laser_then_rtn", [{"laser": {"rate": 0.9}}, {"rtn": {"bits": 8, "group_size": 32}}]),

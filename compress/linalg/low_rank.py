@@ -106,6 +106,13 @@ def spectrum(weight: Tensor, moment: Tensor | None = None) -> Tensor:
         raise NumericsError(f"the eigenvalues of W H W^T: {_one_line(error)}") from None
 
 
+def directions(weight: Tensor, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`spectrum`, and the directions of the outputs that it belongs to: U [out, min(out, in)], float64, orthonormal."""
+    core, outer = smaller_side(weight)
+    energies, vectors = _eigen(gram(core, moment))
+    return energies, vectors if outer is None else outer @ vectors
+
+
 def factors(weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """left [out, rank] and right [rank, in], float64, with left @ right = U U^T W, U = `basis` [out, rank].
 

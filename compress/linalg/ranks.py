@@ -14,10 +14,10 @@ Rules for a whole model: each gives every direction of every layer a score, and 
     "energy"          the share of energy that is left from i on: the same share kept in every layer
     "effective_rank"  -i / effective rank: ranks in proportion to effective ranks
     "uniform"         -i (out + in) / (out * in)
-What energy is worth differs between layers by orders of magnitude: an error of one layer dies out, one of another reaches
-the logits. As fractions of each layer's own energy, losses do not compare (on the model that ships every rule that
-compares them does worse than the uniform one). `importance` of a layer is for that: its whole energy times the mean squared
-gradient of the model's loss by its outputs makes sigma_i^2 what the loss is expected to rise by, up to a factor of 2.
+What energy is worth differs between layers by orders of magnitude, and between directions of one layer: an error here dies
+out, one there reaches the logits. As fractions of each layer's own energy, losses do not compare (on the model that ships every
+rule that compares them does worse than the uniform one). Rule "loss" is for energies that have been weighed, direction by
+direction, by what the model's loss is expected to rise by; `importance` is then their sum.
 
 Ranks that are known up to a factor (learned, or LoRAP's) become scores by `proportional`.
 
@@ -148,7 +148,7 @@ def candidate(
     are left cost less than one more of them.
 
     Args:
-        energies: its spectrum, [min(out, in)].
+        energies: its spectrum, [min(out, in)]; rule "loss": of any order, what each direction is worth.
         multiple: of which all ranks are.
         bytes_at: bytes stored at a rank; by default 2 * rank * (out + in), as for 16-bit factors.
         dense_bytes: by default 2 * out * in.
@@ -163,7 +163,7 @@ def candidate(
     if rule == "uniform":
         scores *= (out_features + in_features) / (out_features * in_features)
     if rule == "loss":
-        scores *= importance
+        scores = _falling(scores * importance, np.diff(costs, prepend=0))
     n_cheaper = sum(cost < dense_bytes for cost in costs)
     last = scores[n_cheaper] if n_cheaper < len(scores) else scores[-1]
     return Candidate(
@@ -180,6 +180,20 @@ def proportional(
     ranks = [rank for rank in range(multiple, full + 1, multiple) if bytes_at(rank) < dense_bytes]
     steps = [*ranks, (ranks[-1] if ranks else 0) + multiple]  # the last: where dense begins
     return Candidate([*ranks, None], [*map(bytes_at, ranks), dense_bytes], [-rank / wanted for rank in steps])
+
+
+def _falling(scores: Array, costs: NDArray[np.int64]) -> Array:
+    """`scores` per cost of successive steps, those that rise taken together with the ones before: a step that is worth little
+    may lead to one that is worth more."""
+    pooled: list[tuple[float, int, int]] = []  # score, cost, steps
+    for score, cost in zip(scores.tolist(), costs.tolist(), strict=True):
+        steps = 1
+        while pooled and pooled[-1][0] < score:
+            before, before_cost, before_steps = pooled.pop()
+            score = (score * cost + before * before_cost) / (cost + before_cost)
+            cost, steps = cost + before_cost, steps + before_steps
+        pooled.append((score, cost, steps))
+    return np.repeat([score for score, _, _ in pooled], [steps for _, _, steps in pooled])
 
 
 def _scores(values: Array, ranks: NDArray[np.int64], costs: NDArray[np.int64], rule: Rule) -> Array:

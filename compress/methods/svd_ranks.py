@@ -4,17 +4,17 @@ The budget is keep_ratio times the bytes that the layers would take if they stay
 `gptq` behind, dense layers and factors are counted in its bits. Every allocation spends it to less than one step of a rank.
 
     loss             where it lowers the expected loss of the model most:
-                     rise of the loss ~ 1/2 sum over layers of  mean (dL/dy)^2  sum_{i>k} sigma_i^2
+                     rise of the loss ~ 1/2 sum over layers and i > k of  mean (g . u_i)^2  sigma_i^2
     effective_rank   in proportion to exp of the entropy of the singular values
     energy           the same share of the outputs' energy kept in every layer
     heavy_tail       one threshold for the singular values of all layers, each layer's scaled to 0 .. 1 (WeLore)
     lorap            of attention, v and o three times the share of q and k (LoRAP); the rest as if uniform
     learned          by gradient through truncated outputs (Dobi-SVD)
 
-sigma_i are those of W S, S S^T = M of the objective, on the inputs of the original model, streamed block by block; y are the
-outputs of a layer, L is the log-likelihood of a text. The second derivatives of L by y are taken from first ones (empirical
-Fisher), and as equal in all directions. One backward pass through the whole model gives them for all layers; as means over many
-numbers they settle soon: GRADIENT_TOKENS are enough.
+sigma_i and u_i are the singular values and left vectors of W S, S S^T = M of the objective, on the inputs of the original
+model, streamed block by block. g is the gradient of a text's log-likelihood by the outputs of the layer: its squares stand for
+second derivatives (empirical Fisher). One backward pass through the whole model gives it for all layers; its means settle soon,
+GRADIENT_TOKENS are enough, and a sketch of it is all that is kept (compress/methods/whole_model.py).
 
 Sources: WeLore, Jaiswal et al., 2024, arXiv:2407.11239; LoRAP, Li et al., 2024, arXiv:2404.09695; Dobi-SVD, Wang et al., 2025,
 arXiv:2502.02723. Fisher information in this place: FWSVD, Hsu et al., 2022, arXiv:2207.00112, which weighs inputs by it.
@@ -23,7 +23,7 @@ arXiv:2502.02723. Fisher information in this place: FWSVD, Hsu et al., 2022, arX
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
@@ -32,17 +32,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.calibration.statistics import SecondMoment
+from compress.calibration.statistics import SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
-from compress.linalg.low_rank import spectrum
-from compress.linalg.quadratic import energy
+from compress.linalg.low_rank import directions, spectrum
+from compress.linalg.quadratic import row_energy
 from compress.linalg.ranks import Array, Candidate, Rule, candidate, lorap_ranks, proportional, spend, uniform_rank
-from compress.methods.base import Extent, Kept, LayerShape, Sizes, View
+from compress.methods.base import Extent, Kept, Layer, LayerShape, Sizes, View
 from compress.methods.dobi_svd import DobiSVD, DobiSVDConfig
 from compress.methods.dobi_svd_ranks import Costs, learned_ranks
 from compress.methods.rtn import check_weight
 from compress.methods.svd import EIGEN_FLOPS, SVDConfig, moment_of
-from compress.methods.whole_model import backward_bytes, next_token_loss, run_again, run_once
+from compress.methods.whole_model import SKETCH_ROWS, backward_bytes, gradient_sketches
 from compress.modules.low_rank_spec import LowRankSpec
 
 GRADIENT_TOKENS = 16384  # of the calibration tokens, at least a batch
@@ -123,7 +123,7 @@ def settle(view: View, configs: Mapping[str, SVDConfig]) -> dict[str, SVDConfig 
     """The rank of every layer: what `SVD.observe` answers."""
     settings = _common(configs)
     offers = offers_of(view.shapes, configs, view.nbytes)
-    rules = {"lorap": _lorap, "learned": _learned}
+    rules = {"loss": _by_loss, "lorap": _lorap, "learned": _learned}
     ranks = rules.get(settings.allocation, _by_spectra)(view, configs, offers)
     spent = sum(offers[name].bytes_of(rank) for name, rank in ranks.items())
     view.note(f"svd: ranks settled by allocation={settings.allocation}: {spent:,} of {budget_of(offers):,} bytes")
@@ -159,130 +159,84 @@ def _spend(offers: Mapping[str, Offer], candidates: Sequence[Candidate], budget:
 # ---- by spectra
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """sigma_i^2 of one layer, and the energy of its outputs, per token."""
-
-    energies: Array
-    output_energy: float
-
-
 def _by_spectra(view: View, configs: Mapping[str, SVDConfig], offers: Mapping[str, Offer]) -> Ranks:
     rule = cast(Rule, _common(configs).allocation)
-    by_loss = rule == "loss"
-    gradients = view.remember("gradients", lambda: mean_square_gradients(view, list(configs))) if by_loss else {}
-    spectra = spectra_of(view)
-    unseen = {
-        name: offers[name].uniform for name, found in spectra.items() if found is None
-    }  # nothing is known of them
-    seen = {name: found for name, found in spectra.items() if found is not None}
-    candidates = [
-        candidate(
-            found.energies,
-            offers[name].shape.out_features,
-            offers[name].shape.in_features,
-            rule,
-            multiple=offers[name].multiple,
-            bytes_at=offers[name].bytes_at,
-            dense_bytes=offers[name].dense_bytes,
-            importance=gradients[name] * found.output_energy if by_loss else 1.0,
-        )
-        for name, found in seen.items()
-    ]
-    left = budget_of(offers) - sum(offers[name].bytes_at(rank) for name, rank in unseen.items())
-    ranks = _spend({name: offers[name] for name in seen}, candidates, left) | unseen
-    if by_loss:
-        mine, uniform = (
-            sum(expected_rise(seen[name], rank, gradients[name]) for name, rank in own.items() if name in seen)
-            for own in (ranks, {name: offer.uniform for name, offer in offers.items()})
-        )
-        view.note(f"svd: expected to raise the loss by {mine:.4f} nats per token; uniform ranks by {uniform:.4f}")
+    return _by_worth(offers, {layer.name: spectrum_of(layer, known) for layer, known in _reached(view)}, rule)
+
+
+def _by_loss(view: View, configs: Mapping[str, SVDConfig], offers: Mapping[str, Offer]) -> Ranks:
+    worth = expected_losses(view, list(configs))
+    ranks = _by_worth(offers, worth, "loss")
+    mine, uniform = (
+        sum(float(worth[name][rank:].sum()) for name, rank in own.items() if rank is not None and name in worth)
+        for own in (ranks, {name: offer.uniform for name, offer in offers.items()})
+    )
+    view.note(f"svd: expected to raise the loss by {mine:.4f} nats per token; uniform ranks by {uniform:.4f}")
     return ranks
 
 
-def spectra_of(view: View) -> dict[str, Spectrum | None]:
-    """By layer; None for one that a calibration token never reached."""
-    found: dict[str, Spectrum | None] = {}
+def _by_worth(offers: Mapping[str, Offer], found: Mapping[str, Array], rule: Rule) -> Ranks:
+    """Directions by what they are worth; a layer of which nothing was found has its uniform rank."""
+    unseen: Ranks = {name: offer.uniform for name, offer in offers.items() if name not in found}
+    seen = {name: offer for name, offer in offers.items() if name in found}
+    candidates = [
+        candidate(
+            found[name],
+            offer.shape.out_features,
+            offer.shape.in_features,
+            rule,
+            multiple=offer.multiple,
+            bytes_at=offer.bytes_at,
+            dense_bytes=offer.dense_bytes,
+            importance=float(np.sum(found[name])) if rule == "loss" else 1.0,
+        )
+        for name, offer in seen.items()
+    ]
+    left = budget_of(offers) - sum(offers[name].bytes_of(rank) for name, rank in unseen.items())
+    return _spend(seen, candidates, left) | unseen
+
+
+def _reached(view: View) -> Iterator[tuple[Layer, SiteStatistics | None]]:
+    """Every layer with what is known of its inputs, less those for which that is nothing: no calibration token came."""
     for site, statistics in view.sites():
-        for layer in site.layers:
-            check_weight(layer)
-            found[layer.name] = None
-            if statistics is not None and not statistics.n_tokens:
-                continue
-            moment, n_tokens = None, 1
-            if statistics is not None:
-                moment, n_tokens = moment_of(layer.config, statistics), statistics.n_tokens
-            try:
-                energies = spectrum(layer.weight, moment).cpu().numpy() / n_tokens
-            except NumericsError as error:
-                raise NumericsError(f"{layer.name}: svd: {error}") from None
-            total = float(energies.sum())
-            if statistics is not None and layer.config.objective != "whitened":
-                total = energy(layer.weight, statistics[SecondMoment()]) / n_tokens
-            found[layer.name] = Spectrum(energies, total)
-    return found
+        if statistics is None or statistics.n_tokens:
+            for layer in site.layers:
+                check_weight(layer)
+                yield layer, statistics
 
 
-def expected_rise(found: Spectrum, rank: int | None, gradient: float) -> float:
-    """Of the loss per token, in nats, by one layer at a rank."""
-    if rank is None:
-        return 0.0
-    share = float(found.energies[rank:].sum()) / max(float(found.energies.sum()), np.finfo(float).tiny)
-    return 0.5 * gradient * found.output_energy * share
-
-
-def mean_square_gradients(view: View, names: Sequence[str]) -> dict[str, float]:
-    """Mean over tokens and outputs of (dL/dy)^2, L the summed log-likelihood of a batch; 0 where no token came."""
-    model = view.model()
-    blocks, sums, counts = view.block_modules(model), dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-
-    def watch(name: str) -> Callable[..., None]:
-        def see(gradient: Tensor) -> None:
-            sums[name] += float(gradient.double().square().sum())
-            counts[name] += gradient.numel()
-
-        def hook(module: torch.nn.Module, args: object, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(see)
-
-        return hook
-
-    def follow(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        (args[0] if args else kwargs["hidden_states"]).requires_grad_()
-
-    hooks = [blocks[0].register_forward_pre_hook(follow, with_kwargs=True)]
-    for name in names:
-        parent, attribute = view.place(model, name)
-        hooks.append(getattr(parent, attribute).register_forward_hook(watch(name)))
-    run_again(blocks)
-    batches = _first_tokens(view.batches)
+def spectrum_of(layer: Layer, known: SiteStatistics | None) -> Array:
+    """sigma_i^2 under the objective."""
     try:
-        with torch.enable_grad(), view.track("gradients", len(batches), "batch") as advance:
-            for ids in batches:
-                loss = next_token_loss(model, ids)
-                if not torch.isfinite(loss):
-                    raise NumericsError("svd: the loss of the calibration rows is not a number; check the checkpoint")
-                (loss * (ids.numel() - len(ids))).backward()
-                advance(f"loss {float(loss.detach()):.4f}")
-    finally:
-        run_once(blocks)
-        for handle in hooks:
-            handle.remove()
-    found = {name: sums[name] / max(counts[name], 1) for name in names}
-    broken = next((name for name, value in found.items() if not math.isfinite(value)), None)
-    if broken is not None:
-        raise NumericsError(f"{broken}: svd: the gradient of the loss by its outputs holds NaN or infinity")
+        return spectrum(layer.weight, None if known is None else moment_of(layer.config, known)).cpu().numpy()
+    except NumericsError as error:
+        raise NumericsError(f"{layer.name}: svd: {error}") from None
+
+
+def expected_losses(view: View, names: Sequence[str]) -> dict[str, Array]:
+    """What leaving out each direction of a layer is expected to raise the loss per token by, in nats.
+
+        1/2  mean (g_t . u_i)^2  sum_t (u_i . W x_t)^2 / n_tokens
+
+    Without the layers that no calibration token reached.
+    """
+    try:
+        sketches = gradient_sketches(view, names, GRADIENT_TOKENS)
+    except NumericsError as error:
+        raise NumericsError(f"svd: {error}") from None
+    n_tokens = sum(ids.numel() for ids in view.batches)
+    found = {}
+    for layer, known in _reached(view):
+        assert known is not None, layer.name  # no objective that goes with it is without data
+        try:
+            energies, basis = directions(layer.weight, moment_of(layer.config, known))
+        except NumericsError as error:
+            raise NumericsError(f"{layer.name}: svd: {error}") from None
+        if layer.config.objective != "whitened":  # their energies are not those of the outputs
+            energies = row_energy(basis.T @ layer.weight.double(), known[SecondMoment()].double()).clamp(min=0)
+        felt = (sketches[layer.name].to(basis) @ basis).square().sum(0)  # [min(out, in)]
+        found[layer.name] = (0.5 * felt * energies / n_tokens).cpu().numpy()
     return found
-
-
-def _first_tokens(batches: Sequence[Tensor]) -> list[Tensor]:
-    """The batches that hold the first GRADIENT_TOKENS tokens."""
-    chosen: list[Tensor] = []
-    for ids in batches:
-        if sum(other.numel() for other in chosen) >= GRADIENT_TOKENS:
-            break
-        chosen.append(ids)
-    return chosen
 
 
 # ---- without spectra
@@ -349,18 +303,21 @@ def observation_bytes(extent: Extent, config: SVDConfig) -> int:
     if config.allocation != "loss":
         return 0
     outputs = sum(shape.out_features for shape in extent.shapes) // max(extent.n_blocks, 1)
-    return 4 * extent.n_weights + backward_bytes(extent, extent.batch_tokens * outputs)
+    sketches = SKETCH_ROWS * sum(shape.out_features for shape in extent.shapes)
+    return 4 * (extent.n_weights + sketches) + backward_bytes(extent, extent.batch_tokens * outputs)
 
 
 def observation_flops(shapes: tuple[LayerShape, ...], config: SVDConfig) -> float:
-    """Of a site: eigenvalues without vectors; gradients by two forward passes and a backward one."""
+    """Of a site: its eigenvalues; `loss` takes vectors too, and gradients by two forward passes and a backward one."""
     if config.allocation == "learned":
         return DobiSVD.observation_flops(shapes, _learning(config))
     if config.allocation == "lorap":
         return 0.0
-    total = 0.0
+    by_loss, total = config.allocation == "loss", 0.0
     for s in shapes:
         small = min(s.out_features, s.in_features)
-        total += EIGEN_FLOPS / 3 * small**3 + 8.0 * s.out_features * s.in_features * (s.in_features + small)
-        total += 6.0 * GRADIENT_TOKENS * s.out_features * s.in_features if config.allocation == "loss" else 0.0
+        total += EIGEN_FLOPS * (1.0 if by_loss else 1 / 3) * small**3 + 8.0 * s.out_features * s.in_features * (
+            s.in_features + small
+        )
+        total += 6.0 * GRADIENT_TOKENS * s.out_features * s.in_features if by_loss else 0.0
     return total

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 
 def test_a_layer_that_stays_dense_is_named_in_plan_and_report(make, compress, tmp_path):
     """Rank 24 is less than the break-even of 64 x 64, and more than that of 32 x 64."""
@@ -43,3 +45,57 @@ def test_inspect_shows_one_line_for_both_factors(make, compress, tmp_path):
     rows = json.dumps(listed)
     assert "low_rank rank=16" in rows and ".left" not in rows and ".right" not in rows
     assert compress("export", tmp_path / "out", "--format", "dense", "--out", tmp_path / "dense").code == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"svd": {"allocation": "fisher"}}, "steps.0.svd.allocation: "),
+        ({"svd": {"allocation": "loss", "objective": "plain"}}, "allocation=loss needs to know the outputs' errors"),
+        (
+            {"svd": {"allocation": "energy", "keep_ratio": 0.2, "rank_multiple": 8}},
+            "steps.0.svd: a budget of 88,473 bytes cannot be met: 21 layers at their least ranks (a multiple of 8) take 98,304; "
+            "use a keep_ratio of at least 0.2223, smaller groups, or leave layers out",
+        ),
+        (
+            {"svd": {"allocation": "lorap"}, "layers": "*.mlp.*"},
+            "steps.0.svd: allocation=lorap shares bytes among q, k, v and o of attention, but not all four are layers of",
+        ),
+        (
+            {"svd": {"allocation": "loss"}, "overrides": {"*.q_proj": {"allocation": "energy"}}},
+            "but one budget is spent by one rule; use two steps",
+        ),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused_in_the_plan(make, compress, step, said):
+    assert said in compress("plan", "--recipe", make(step)).error
+
+
+def test_ranks_that_a_budget_settles(make, compress, tmp_path):
+    """The plan has the total and what will be looked at; the report has the ranks."""
+    recipe = make({"svd": {"keep_ratio": 0.6, "allocation": "loss"}}, evaluation=False)
+    planned = json.loads(compress("plan", "--recipe", recipe, "--json").out)
+    assert 0.57 < planned["bytes_after"] / planned["bytes_before"] <= 0.6
+    assert any("steps.0.svd settles 21 layers once it has seen the whole model" in said for said in planned["warnings"])
+    answer = compress("run", "--recipe", recipe, "--out", tmp_path / "out", "--json")
+    assert (
+        "svd: ranks settled by allocation=loss: " in answer.err and "svd: expected to raise the loss by" in answer.err
+    )
+    report = json.loads(answer.out)
+    assert len({layer["figures"]["rank"] for layer in report["layers"]}) > 5
+    assert report["bytes_after"] <= 0.6 * planned["bytes_before"]
+    assert not any("settles" in said for said in report["warnings"])
+    again = compress("run", "--recipe", recipe, "--out", tmp_path / "out", "--json")
+    assert json.loads(again.out)["bytes_after"] == report["bytes_after"]
+    assert compress("generate", tmp_path / "out", "--prompt", "stone", "--max-new-tokens", "3").code == 0
+
+
+def test_the_plan_has_the_memory_of_looking_at_the_whole_model(compress):
+    own = ("--set", "evaluation=false", "--set", "calibration.batch_size=32")  # else other parts take most
+    peaks = {}
+    for allocation in ("uniform", "energy", "loss"):
+        steps = f"steps=[{{svd: {{allocation: {allocation}}}}}]"
+        planned = json.loads(compress("plan", "--recipe", "demo", "--json", "--set", steps, *own).out)
+        peaks[allocation] = planned["predicted_peak_bytes"]
+    assert peaks["energy"] == pytest.approx(peaks["uniform"], rel=0.01)
+    assert peaks["loss"] > 1.2 * peaks["uniform"]
