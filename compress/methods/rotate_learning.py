@@ -40,7 +40,7 @@ from compress.linalg.hadamard import transformed
 from compress.linalg.residual import folded_bias
 from compress.linalg.rotation import DenseRotation, MeanKeeping, Rotation
 from compress.methods.base import Extent
-from compress.methods.rewrite import ModelView
+from compress.methods.rewrite import ModelShape, ModelView
 from compress.methods.rotate import RotateConfig, Rotations, online_transform
 from compress.methods.whole_model import backward_bytes, next_token_loss, run_again, run_once
 from compress.models.stream import Branch, Stream, ValueHeads
@@ -310,7 +310,7 @@ class Learner:
         if self.r2 is not None:
             moved = [_moved(r, g, rate, None, generator) for r, g in zip(self.r2, gradients.pop(), strict=True)]
             self.r2 = torch.stack(moved)
-        return float(loss)
+        return float(loss.detach())
 
 
 def _moved(r: Tensor, gradient: Tensor, rate: float, fixed: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -319,19 +319,14 @@ def _moved(r: Tensor, gradient: Tensor, rate: float, fixed: Tensor | None, gener
     return cayley_step_approximate(r.float(), gradient.float(), rate, fixed=fixed, generator=generator)[0].double()
 
 
-def check(model: Any, stream: Stream, config: RotateConfig) -> None:
-    """Raises: RecipeError for what cannot be looked at: experts, groups that do not divide a linear's inputs."""
-    if any(len(branch.writers) > 1 for branches in stream.branches for branch in branches):
-        raise RecipeError(
-            "candidates, learn: experts are fused in the model that is looked at; use one candidate, learn=0"
-        )
-    if config.group_size == -1:
-        return
-    for name in model.linears:
+def check(model: ModelShape, stream: Stream, config: RotateConfig) -> None:
+    """Raises: RecipeError if groups do not divide a linear's inputs."""
+    for name in model.linears if config.group_size != -1 else ():
         n = model.shapes[f"{name}.weight"][0 if stream.transposed else 1]
         if n % config.group_size:
+            usable = [d for d in range(1, n + 1) if n % d == 0 and d <= config.group_size][-5:]
             raise RecipeError(
-                f"group_size={config.group_size} does not divide the {n} inputs of {name}; use a divisor, or -1"
+                f"group_size={config.group_size} does not divide in_features={n} of {name}; use one of {usable}, or -1"
             )
 
 

@@ -26,6 +26,7 @@ from compress.errors import CheckpointError, RecipeError
 from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
 from compress.methods.rewrite import LoadedBlock, ModelView
 from compress.models.branches import Branches, named_arguments
+from compress.models.experts import unfuse_experts
 from compress.models.families import module_name
 from compress.pipeline.memory import Memory, tracked
 from compress.pipeline.output import OBSERVED
@@ -155,6 +156,7 @@ class StreamedView(ModelView):
         model = load(
             self._looking.source, dtype=torch.float32, device=str(self._model.device), trust_remote_code=trusted
         )
+        unfuse_experts(model, self._model.architecture)
         return model.requires_grad_(False)
 
     def module(self, model: nn.Module, name: str) -> nn.Module:
