@@ -67,7 +67,12 @@ class DropBlocksConfig(MethodConfig):
         if self.blocks is not None:
             if len(set(self.blocks)) != len(self.blocks):
                 raise ValueError(f"blocks={list(self.blocks)} names a block twice")
-            chosen = sorted({"score", "selection", "protect", "rows"} & self.model_fields_set)
+            fields = type(self).model_fields
+            chosen = [
+                name
+                for name in ("score", "selection", "protect", "rows")
+                if getattr(self, name) != fields[name].default
+            ]
             if chosen:
                 raise ValueError(f"{chosen[0]} is for choosing, and blocks={list(self.blocks)} leaves no choice")
         if self.selection == "contiguous" and (self.score != "angular_distance" or self.n_drop is None):

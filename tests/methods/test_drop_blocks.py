@@ -414,6 +414,12 @@ def test_settings_that_contradict_are_refused(settings: dict[str, Any], said: st
         DropBlocksConfig(**settings)
 
 
+@pytest.mark.parametrize("settings", [{"blocks": [1]}, {"n_drop": 1}, {"keep_ratio": 0.5, "score": "taylor"}])
+def test_what_is_written_out_with_every_default_is_the_same(settings: dict[str, Any]):
+    config = DropBlocksConfig(**settings)
+    assert DropBlocksConfig(**config.model_dump(mode="json")) == config
+
+
 def test_what_looking_costs_grows_with_depth_in_time_and_not_in_memory():
     def extent(n_blocks: int) -> Extent:
         return Extent(n_blocks * 10**6, n_blocks, 512, 1000, 128 * 256, 2048, (), 128)
