@@ -93,7 +93,8 @@ class RotateConfig(MethodConfig):
             raise ValueError("block_size is of Hadamard matrices, and neither R1 nor an online transform is one")
         of_learning = {"learning_rate"} if not self.learn else set()
         of_looking = {"bits", "group_size", "symmetric"} if not self.observing else set()
-        unused = sorted((of_learning | of_looking) & self.model_fields_set)
+        fields = type(self).model_fields
+        unused = sorted(f for f in of_learning | of_looking if getattr(self, f) != fields[f].default)
         if unused:
             raise ValueError(
                 f"{unused[0]} is for {'learn' if unused[0] == 'learning_rate' else 'candidates and learn'}; set that too"
