@@ -209,6 +209,18 @@ def test_taylor_is_weight_times_gradient(looked: Any, family: str):
         assert score == pytest.approx(found, rel=2e-3)
 
 
+@pytest.mark.parametrize("score", ["perplexity", "taylor"])
+def test_pieces_of_logits_and_of_the_head_change_nothing(looked: Any, score: str, monkeypatch: pytest.MonkeyPatch):
+    settings = {"n_drop": 1, "score": score, "protect": [0, 0], "family": "gpt_neox"}
+    whole = looked(**settings)[0]
+    monkeypatch.setattr("compress.pipeline.model_view.MIN_CHUNK_TOKENS", 7)
+    monkeypatch.setattr("compress.pipeline.model_view.LOGIT_BYTES", 1)
+    monkeypatch.setattr("compress.checkpoint.stream.HEAD_TILE", 50)
+    pieces = looked(**settings)[0]
+    assert pieces["rounds"][0]["scores"] == pytest.approx(whole["rounds"][0]["scores"], rel=1e-4)
+    assert pieces["blocks"] == whole["blocks"]
+
+
 def test_magnitude_needs_no_tokens_and_looks_at_matrices(tmp_path: Path):
     source = save_tiny("llama", tmp_path / "source", tokenizer=False)
     recipe = {"model": str(source), "steps": [{"drop_blocks": {"n_drop": 1, "score": "magnitude", "protect": [0, 0]}}]}
@@ -306,6 +318,25 @@ def test_an_interrupted_look_goes_on(score: str, tmp_path: Path, text: Path, mon
     assert n_whole - len(loads) == {"perplexity": 9, "taylor": 10, "magnitude": 3}[score]
     assert resumed.report["rewrites"] == whole.report["rewrites"]
     assert fingerprints(tmp_path / "cut") == fingerprints(tmp_path / "whole")
+
+
+# ---- beside other rewrites
+
+
+def test_a_shorter_model_can_be_sliced_and_a_sliced_one_not_be_shortened(tmp_path: Path, text: Path):
+    source = save_tiny("llama", tmp_path / "source")
+    slicing, dropping = {"slicegpt": {"sparsity": 0.0}}, {"drop_blocks": {"n_drop": 1}}
+    result = run(recipe_for(source, [dropping, slicing], text, evaluation=False), tmp_path / "out")
+    (gone,) = result.report["rewrites"][0]["figures"]["blocks"]
+    original, shorter = load(source, dtype=torch.float32), load(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad(), without(original, gone):
+        expected = original(IDS, use_cache=False).logits
+        torch.testing.assert_close(shorter(IDS, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
+    cut = {"slicegpt": {"sparsity": 0.25}}
+    with pytest.raises(
+        RecipeError, match=r"^steps.1.drop_blocks: .*put drop_blocks before the step that makes the stream"
+    ):
+        run(recipe_for(source, [cut, dropping], text, evaluation=False), tmp_path / "refused")
 
 
 # ---- a source that is compressed already
