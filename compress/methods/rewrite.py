@@ -116,9 +116,11 @@ class ModelView(ABC):
     Attributes:
         shape: the model.
         batches: the calibration tokens [rows, length].
+        device: where blocks run.
     """
 
     shape: ModelShape
+    device: torch.device
     batches: Sequence[Tensor]
 
     @abstractmethod

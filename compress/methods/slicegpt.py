@@ -132,7 +132,7 @@ class SliceGPT(ModelMethod):
 
             @cache
             def principal() -> tuple[Tensor, float]:
-                return principal_basis(second_moment(hidden), columns, stream.layer_norm)
+                return principal_basis(second_moment(hidden, view.device), columns, stream.layer_norm)
 
             def oriented() -> Tensor:
                 directions = principal()[0]
@@ -145,6 +145,12 @@ class SliceGPT(ModelMethod):
             lost.append(view.remember(f"lost at norm {norm}", lambda: principal()[1]))
             return q
 
+        n_tokens = sum(ids.numel() for ids in view.batches)
+        if n_tokens < width:
+            view.note(
+                f"slicegpt: {n_tokens} calibration tokens reach at most as many of {width} directions, the others are kept by "
+                f"chance; use more calibration.samples"
+            )
         hidden = view.embedded()
         try:
             for batch in range(len(hidden)):
@@ -155,7 +161,7 @@ class SliceGPT(ModelMethod):
                         for kind in ("attention", "mlp"):
                             q = sliced(hidden)
                             for batch in range(len(hidden)):
-                                x = projected(hidden[batch], q)
+                                x = projected(hidden[batch].to(view.device), q)
                                 hidden[batch] = x + _centred(block.branch(kind, x), stream).to(x)
                     advance(f"loses {lost[-2]:.2%} and {lost[-1]:.2%} of the stream's energy")
             sliced(hidden, last_width_of(stream, config, width))
@@ -230,11 +236,11 @@ def basis_name(norm: int) -> str:
     return f"basis-{norm:04d}"
 
 
-def second_moment(hidden: HiddenStates) -> Tensor:
+def second_moment(hidden: HiddenStates, device: torch.device) -> Tensor:
     """Σ x x^T over all tokens [D, D], float64."""
     moment = None
     for batch in range(len(hidden)):
-        x = hidden[batch].flatten(0, -2).double()
+        x = hidden[batch].to(device).flatten(0, -2).double()
         moment = x.T @ x if moment is None else moment.addmm_(x.T, x)
     assert moment is not None
     return moment

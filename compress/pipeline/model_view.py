@@ -106,6 +106,7 @@ class StreamedView(ModelView):
         self.batches = looking.batches
         self._allowance = Allowance(looking.activation_bytes)
         self._model = open_source(plan, before, looking.source, looking.work, looking.dtype, looking.device)
+        self.device = self._model.device
         self.shape = model_shape(self._model.architecture, step.before.infos, self._model.specs)
 
     def embedded(self, batches: Sequence[Tensor] | None = None) -> HiddenStates:

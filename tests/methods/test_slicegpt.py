@@ -346,6 +346,27 @@ def test_a_sliced_model_can_be_a_source_but_is_not_rewritten_again(sliced, text,
         plan(recipe_for(folder, [{"slicegpt": {}}], text))
 
 
+def test_a_model_of_fewer_blocks_can_be_sliced(tiny, text, tmp_path):
+    steps = [{"drop_blocks": {"blocks": [1]}}, {"slicegpt": {"sparsity": 0}}]
+    pruned = run(recipe_for(tiny("qwen2"), steps[:1], text, evaluation=False), tmp_path / "pruned")
+    sliced = run(recipe_for(tiny("qwen2"), steps, text, evaluation=False), tmp_path / "sliced")
+    assert relative(logits(compress.load(sliced.folder)), logits(compress.load(pruned.folder))) < 1e-5
+
+
+def test_fewer_tokens_than_directions_are_noted(tiny, text, tmp_path):
+    class Notes(Silent):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+
+    progress, fields = Notes(), {"calibration": {"data": str(text), "samples": 1, "length": 40}, "evaluation": False}
+    result = run(recipe_for(tiny("opt"), [{"slicegpt": {}}], text, **fields), tmp_path / "out", progress=progress)
+    assert any("40 calibration tokens reach at most as many of 48 directions" in note for note in progress.notes)
+    assert max(result.report["rewrites"][0]["figures"]["energy_lost"]) < 1e-6
+
+
 # ---- interrupted
 
 
