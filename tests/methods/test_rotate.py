@@ -24,8 +24,9 @@ from compress.linalg.grid import GridRule, fit_grid
 from compress.linalg.rotation import DenseRotation, MeanKeeping
 from compress.methods.rewrite import Found
 from compress.methods.rotate import Rotate, RotateConfig, Rotations
-from compress.methods.rotate_learning import rounded
+from compress.methods.rotate_learning import RoundedModel, rounded
 from compress.pipeline.plan import plan
+from compress.pipeline.progress import Silent
 from compress.pipeline.rewriting import _planned, open_rewritten, seeded
 from compress.pipeline.run import run
 from tests.runs import fingerprints, recipe_for
@@ -312,7 +313,11 @@ def loss_of(model: Any, folder: Path, recipe: Any) -> float:
 def test_the_loss_is_that_of_the_rounded_result(family, tiny, ran, text):
     """What is compared while looking, in the original basis, is what `rotate` and then `rtn` give."""
     online = [] if family == "mixtral" else ["mlp"]
-    looking = {"bits": 3, "group_size": 16, "symmetric": False}  # symmetric: the least weight lies half way between two steps
+    looking = {
+        "bits": 3,
+        "group_size": 16,
+        "symmetric": False,
+    }  # symmetric: the least weight lies half way between two steps
     settings = {"candidates": 2, "online": online, **looking}
     result = ran(family, settings, {"rtn": looking})
     figures = result.report["rewrites"][0]["figures"]
@@ -346,6 +351,23 @@ def test_the_same_again(tiny, ran, text, tmp_path):
     recipe = recipe_for(tiny("llama_gqa_tied"), [{"rotate": LEARN}], text, evaluation=False)
     again = run(recipe, tmp_path / "again")
     assert fingerprints(again.folder) == fingerprints(ran("llama_gqa_tied", LEARN).folder)
+
+
+def test_an_interrupted_run_does_not_look_again(tiny, ran, text, tmp_path, monkeypatch):
+    class Stopped(Silent):
+        def begin(self, phase: str, total: int, unit: str) -> None:
+            if phase == "learn rotations":
+                raise KeyboardInterrupt
+
+    recipe = recipe_for(tiny("llama_gqa_tied"), [{"rotate": LEARN}], text, evaluation=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "out", progress=Stopped())
+    looked = []
+    loss = RoundedModel.loss
+    monkeypatch.setattr(RoundedModel, "loss", lambda *arguments: looked.append(1) or loss(*arguments))
+    resumed = run(recipe, tmp_path / "out")
+    assert len(looked) == 1  # the learned rotations; candidates are remembered
+    assert fingerprints(resumed.folder) == fingerprints(ran("llama_gqa_tied", LEARN).folder)
 
 
 def test_candidates_differ_and_keep_the_mean_where_they_must(tiny):
