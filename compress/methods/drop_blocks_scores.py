@@ -214,22 +214,27 @@ def _by_gradients(
         hidden[batch] = last.grad
     scores: Scores = {}
     for block in reversed(stay):
-        with view.loaded(block) as loaded:
-            matrices = list(_matrices(loaded.module))
-            for matrix in matrices:
-                matrix.requires_grad_(True)
-            for batch in range(len(batches)):
-                entering = inputs[block][batch].detach().requires_grad_(True)
-                output = loaded(entering)
-                output.backward(hidden[batch].to(output.device))
-                assert entering.grad is not None
-                hidden[batch] = entering.grad
-            change = sum(_absolute(matrix * matrix.grad) for matrix in matrices if matrix.grad is not None)
+        change = _differentiated(view, block, inputs[block], hidden)
         inputs.pop(block).close()
-        scores[block] = _finite("taylor", float(change) / max(n_predicted(batches), 1))
+        scores[block] = _finite("taylor", change / max(n_predicted(batches), 1))
         advance(f"{view.shape.blocks[block]}: backward")
     hidden.close()
     return [scores[block] for block in stay]
+
+
+def _differentiated(view: ModelView, block: int, inputs: HiddenStates, gradient: HiddenStates) -> float:
+    """sum |W * dL/dW| of a block; `gradient`, by its outputs, becomes that by its inputs."""
+    with view.loaded(block) as loaded:
+        matrices = list(_matrices(loaded.module))
+        for matrix in matrices:
+            matrix.requires_grad_(True)
+        for batch in range(len(inputs)):
+            entering = inputs[batch].detach().requires_grad_(True)
+            output = loaded(entering)
+            output.backward(gradient[batch].to(output.device))
+            assert entering.grad is not None
+            gradient[batch] = entering.grad
+        return sum(_absolute(matrix * matrix.grad) for matrix in matrices if matrix.grad is not None)
 
 
 def magnitude(view: ModelView, batches: Sequence[Tensor], stay: Sequence[int], may_go: Sequence[int]) -> Look:

@@ -29,6 +29,7 @@ from compress.models.branches import Branches, named_arguments
 from compress.models.experts import unfuse_experts
 from compress.models.families import module_name
 from compress.pipeline.memory import Memory, tracked
+from compress.pipeline.meter import release_free_memory
 from compress.pipeline.output import OBSERVED
 from compress.pipeline.plan import Plan, plan_source
 from compress.pipeline.rewriting import RewritePlan, model_shape, open_source, plan_rewrites, seeded, whole_model
@@ -135,6 +136,7 @@ class StreamedView(ModelView):
             yield _Loaded(self._model, index, module)
         finally:
             self._model.unload_block(index)
+            release_free_memory()
 
     def losses(self, hidden: Tensor, ids: Tensor) -> Tensor:
         model = self._model
