@@ -38,6 +38,12 @@ def group_aware_order(diagonal: Tensor, group_size: int) -> Tensor:
     return torch.cat([columns[group_order].flatten(), tail])
 
 
+def group_order(diagonal: Tensor, group_size: int) -> Tensor:
+    """Groups by the sum of `diagonal` [n] within them, largest first; columns of a group as they are. It divides n."""
+    groups = diagonal.unflatten(0, (-1, group_size)).sum(1).argsort(descending=True, stable=True)
+    return (groups.unsqueeze(1) * group_size + torch.arange(group_size, device=diagonal.device)).flatten()
+
+
 def inverse_order(order: Tensor) -> Tensor:
     """The permutation that undoes `order`: inverse[order[i]] = i."""
     inverse = torch.empty_like(order)

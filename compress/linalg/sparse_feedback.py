@@ -8,21 +8,20 @@ w_oi^2 / U[i, i]^2 is what dropping weight oi adds to tr((W - Q) H_d (W - Q)^T),
 Those with the most of it are kept: n of every m columns when their turn comes; without n and m, so many of all rows of a
 block of columns when the block's turn comes.
 
-With a grid, q_i is also rounded to it. Grids are fitted, GRID_WINDOW columns at a time, to what would be kept of the columns
-as updated so far.
+With grids, q_i is also rounded to them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import lcm
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from compress.linalg.error_feedback import GRID_WINDOW, LEAF, ColumnGrids, Update, cuts, propagate
-from compress.linalg.grid import Grid, GridRule
-from compress.linalg.sparsity import highest, highest_of_groups
+from compress.linalg.error_feedback import LEAF, Update, cuts, propagate
+from compress.linalg.grid import Grid
+from compress.linalg.order import inverse_order
+from compress.linalg.sparsity import highest, highest_of
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,13 @@ class Pruned:
         weight: Q [rows, in], float32, each number one that its dtype holds.
         mask: bool [rows, in].
         loss: [rows], their shares of tr((W - Q) H_d (W - Q)^T).
-        codes: uint8 [rows, in] on `grid`; both None without a grid.
+        codes: uint8 [rows, in] on the grids; None without.
     """
 
     weight: Tensor
     mask: Tensor
     loss: Tensor
     codes: Tensor | None = None
-    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -71,103 +69,88 @@ def prune_columns(
     upper: Tensor,
     pattern: Pattern,
     dtype: torch.dtype,
-    rule: GridRule | None = None,
-    group_size: int = -1,
+    grid: Grid | None = None,
+    order: Tensor | None = None,
 ) -> Pruned:
     """Prune `weight` with error feedback.
 
     Args:
-        weight: [rows, in], float32.
-        upper: U [in, in].
+        weight: [rows, in], float32, in natural order.
+        upper: U [in, in], for H with rows and columns in `order`.
         dtype: that values are stored in; what rounding to it costs is fed back too.
-        rule: how grids are fitted, which is symmetric; None: values stay floats.
-        group_size: columns that share a grid; divides `in`. -1: all.
+        grid: what kept values are rounded to, symmetric, in natural order; None: they stay floats.
+        order: [in], `order[new] = old`, in which the m columns of a group stand together; None is the natural order.
+
+    Returns: all in natural order.
     """
     n = weight.shape[1]
-    work = weight.T.contiguous()  # [in, rows]
+    columns = torch.arange(n, device=weight.device) if order is None else order
+    work = weight.T.index_select(0, columns)  # [in, rows], contiguous
     loop = _Loop(
         pattern,
-        [Update(upper, -upper.diagonal().unsqueeze(1), work)],
+        Update(upper, -upper.diagonal().unsqueeze(1), work),
         upper.diagonal().square().reciprocal().unsqueeze(1),
         torch.empty_like(work, dtype=torch.bool),
         torch.empty_like(work),
         dtype,
     )
-    window = n
-    if rule is not None:
-        assert rule.symmetric
-        size = n if group_size == -1 else group_size
-        loop.grids, loop.group_size = ColumnGrids(weight, size, rule), size
-        window = n if group_size == -1 else max(GRID_WINDOW // size, 1) * size
-        if pattern.m:  # windows hold whole groups of either kind
-            window = min(lcm(window, pattern.m), n)
-    for left, right in cuts(0, n, window):
-        if loop.grids is not None:
-            loop.fit(left, right)
-        for start, stop in cuts(left, right, pattern.blocks()):
-            if not pattern.m:
-                loop.choose(start, stop)
-            for first, last in cuts(start, stop, pattern.leaves()):
-                loop.leaf(first, last)
-                propagate(loop.updates, first, last, stop)
-            propagate(loop.updates, start, stop, n)
+    back = torch.arange(n, device=weight.device) if order is None else inverse_order(order)
+    if grid is not None:
+        assert grid.zero_point is None
+        loop.grid, loop.scale = grid, grid.scale.float().T.contiguous()
+        loop.group_of = (columns // (n // grid.scale.shape[1])).tolist()
+    for start, stop in cuts(0, n, pattern.blocks()):
+        if not pattern.m:
+            loop.keep[start:stop] = loop.chosen(start, stop)
+        for first, last in cuts(start, stop, pattern.leaves()):
+            loop.leaf(first, last)
+            propagate([loop.update], first, last, stop)
+        propagate([loop.update], start, stop, n)
     loss = work.div_(upper.diagonal().unsqueeze(1)).square_().sum(0)
-    mask = loop.keep.T.contiguous()
-    if loop.grids is None:
-        return Pruned(loop.result.T.contiguous(), mask, loss)
-    grid = loop.grids.result()
-    codes = loop.result.T.contiguous().add_(loop.grids.rule.middle).to(torch.uint8)
-    return Pruned(grid.decode(codes), mask, loss, codes, grid)
+    mask, result = loop.keep[back].T.contiguous(), loop.result[back].T.contiguous()
+    if grid is None:
+        return Pruned(result, mask, loss)
+    codes = result.add_(2 ** (grid.bits - 1)).to(torch.uint8)
+    return Pruned(grid.decode(codes), mask, loss, codes)
 
 
 @dataclass
 class _Loop:
-    """State of the loop; matrices are [in, rows]. `result` holds values, or codes less the zero point."""
+    """State of the loop; matrices are [in, rows], in order. `result` holds values, or codes less the zero point."""
 
     pattern: Pattern
-    updates: list[Update]
-    weights: Tensor  # 1 / U[i, i]^2 [in, 1]
+    update: Update
+    cost: Tensor  # 1 / U[i, i]^2 [in, 1]
     keep: Tensor
     result: Tensor
     dtype: torch.dtype
-    grids: ColumnGrids | None = None
-    group_size: int = 0
-
-    def scores(self, start: int, stop: int) -> Tensor:
-        return self.updates[0].source[start:stop].square().mul_(self.weights[start:stop])
+    grid: Grid | None = None
+    scale: Tensor | None = None  # [groups, rows]
+    group_of: list[int] = field(default_factory=list)
 
     def chosen(self, start: int, stop: int) -> Tensor:
         """What columns start .. stop-1 would keep as they are now: bool [columns, rows]."""
-        pattern, scores = self.pattern, self.scores(start, stop)
+        pattern = self.pattern
+        scores = self.update.source[start:stop].square().mul_(self.cost[start:stop])
         if pattern.m:
-            return highest_of_groups(scores.T, pattern.n, pattern.m).T
+            groups = scores.unflatten(0, (-1, pattern.m))  # [groups, m, rows]
+            return torch.stack(list(highest_of(groups.unbind(1), pattern.n)), dim=1).flatten(0, 1)
         return highest(scores.T, pattern.share(start, stop, len(self.keep))).T
-
-    def choose(self, start: int, stop: int) -> None:
-        self.keep[start:stop] = self.chosen(start, stop)
-
-    def fit(self, left: int, right: int) -> None:
-        assert self.grids is not None
-        groups = list(range(left // self.group_size, right // self.group_size))
-        kept = self.updates[0].source[left:right] * self.chosen(left, right)
-        self.grids.fit(groups, kept.T)
 
     def leaf(self, first: int, last: int) -> None:
         """Columns first .. last-1, one after the other; they end as residuals."""
-        update = self.updates[0]
-        work, within, m = update.source[first:last], update.stripe(first, last, first, last), self.pattern.m
+        work, within = self.update.source[first:last], self.update.stripe(first, last, first, last)
         for i, column in enumerate(work.unbind(0)):
             position = first + i
-            if m and position % m == 0:
-                self.choose(position, position + m)
+            if self.pattern.m and position % self.pattern.m == 0:
+                self.keep[position : position + self.pattern.m] = self.chosen(position, position + self.pattern.m)
             out, keep = self.result[position], self.keep[position]
-            if self.grids is None:
+            if self.grid is None or self.scale is None:
                 torch.mul(column.to(self.dtype).to(column.dtype), keep, out=out)
                 column.sub_(out)
             else:
-                group = position // self.group_size
-                self.grids.round(column, group, out=out)
-                out.mul_(keep)
-                column.sub_((out * self.grids.scale[group]).to(self.grids.rule.scale_dtype))
+                scale, middle = self.scale[self.group_of[position]], 2 ** (self.grid.bits - 1)
+                torch.div(column, scale, out=out).round_().clamp_(-middle, middle - 1).mul_(keep)
+                column.sub_((out * scale).to(self.grid.scale.dtype))
             if i + 1 < len(work):
                 work[i + 1 :].addr_(within[i, i + 1 :], column)

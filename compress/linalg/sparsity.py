@@ -11,10 +11,13 @@ Sources: Wanda, Sun et al., 2023, arXiv:2306.11695; NoWag, Liu et al., 2025, arX
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 EPSILON = 1e-5  # added to norms; NoWag's code
+COMPARED = 8  # up to so many are compared with each other; above they are sorted
 
 
 def wanda_scores(weight: Tensor, squares: Tensor) -> Tensor:
@@ -38,9 +41,24 @@ def nowag_normalised(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def highest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
     """The `n` highest of every `m` neighbours: bool [rows, in]; of equal ones the first. `m` divides `in`."""
-    order = scores.unflatten(1, (-1, m)).argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros(order.shape, dtype=torch.bool, device=scores.device)
-    return mask.scatter_(-1, order[..., :n], True).flatten(1)
+    groups = scores.unflatten(1, (-1, m))  # [rows, groups, m]
+    return torch.stack(list(highest_of(groups.unbind(-1), n)), dim=-1).flatten(1)
+
+
+def highest_of(scores: Sequence[Tensor], n: int) -> Sequence[Tensor]:
+    """For each entry, whether it is among the `n` highest of its namesakes in `scores`: bool, shapes alike."""
+    if len(scores) > COMPARED:
+        stacked = torch.stack(list(scores))
+        order = stacked.argsort(dim=0, descending=True, stable=True)
+        return torch.zeros_like(stacked, dtype=torch.bool).scatter_(0, order[:n], True).unbind(0)
+    kept = []
+    for i, score in enumerate(scores):  # how many are ahead of it: a fraction of the time of sorting
+        ahead = torch.zeros(score.shape, dtype=torch.int8, device=score.device)
+        for j, other in enumerate(scores):
+            if j != i:
+                ahead += other >= score if j < i else other > score
+        kept.append(ahead < n)
+    return kept
 
 
 def highest_of_rows(scores: Tensor, n: int) -> Tensor:

@@ -12,8 +12,10 @@
                                                     and they do: W changes                                         SparseGPT
 
 sparsegpt goes column by column, H_d^-1 = U^T U as in gptq.py, w being W with the errors of the columns before fed back
-(compress/linalg/sparse_feedback.py). With H = I it is magnitude. It can round what it keeps in the same loop (`bits`), so that
-columns make good for both; the same grids as gptq's, fitted as the columns stand when their group is reached.
+(compress/linalg/sparse_feedback.py). With H = I it is magnitude. The groups of a pattern may come in any order: as stored, as
+in the paper, or those with the largest inputs first. Which of the two loses less depends on the layer; the loop knows what it
+lost, so `order: best` tries both. It can round what it keeps in the same loop (`bits`), so that columns make good for both, on
+gptq's grids: the loop runs without rounding first, and grids are fitted to what that leaves.
 
 Anywhere (`sparsity`), weights are compared within a row (Wanda), within the layer (magnitude, NoWag-P), or within
 `block_size` columns (SparseGPT). The number kept is always the same, so that the plan knows the bytes.
@@ -31,6 +33,7 @@ arXiv:2504.14569 (NoWag).
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from math import lcm
 from typing import Any, Literal
 
@@ -43,8 +46,9 @@ from compress.errors import NumericsError, RecipeError
 from compress.linalg.cholesky import InverseFactor, inverse_factor
 from compress.linalg.finite import all_finite
 from compress.linalg.grid import Grid, GridRule, fit_grid
+from compress.linalg.order import group_order
 from compress.linalg.quadratic import energy, fraction
-from compress.linalg.sparse_feedback import Pattern, prune_columns
+from compress.linalg.sparse_feedback import Pattern, Pruned, prune_columns
 from compress.linalg.sparsity import highest, highest_of_groups, highest_of_rows, nowag_scores, wanda_scores
 from compress.methods.base import Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
 from compress.methods.rtn import check_weight, divisors
@@ -73,6 +77,10 @@ class PruneConfig(MethodConfig):
     )
     damping: float = Field(
         0.01, gt=0, lt=1, description="sparsegpt: fraction of the mean of diag(H) that is added to diag(H)"
+    )
+    order: Literal["none", "act", "best"] = Field(
+        "best",
+        description="sparsegpt with a pattern: groups as stored; largest inputs first; both, and for each layer what loses less",
     )
     block_size: int = Field(
         128, ge=1, description="sparsegpt: columns that are compared with each other if sparsity is set"
@@ -176,14 +184,15 @@ class Prune(SiteMethod):
     def workspace(cls, shapes: tuple[LayerShape, ...], config: PruneConfig) -> int:
         n, size = max(s.in_features for s in shapes), max(s.out_features * s.in_features for s in shapes)
         if config.score == "sparsegpt":
-            return 4 * 3 * n * n + 18 * size
-        return (32 if config.groups[1] else 24) * size  # scores, and their order in 64 bits or the masks of ties
+            return 4 * 4 * n * n + 42 * size  # factors of two orders; the loop, twice its outcome, and scores
+        return 24 * size  # scores; their order in 64 bits, or the masks of ties
 
     @classmethod
     def flops(cls, shapes: tuple[LayerShape, ...], config: PruneConfig) -> float:
         n, n_rows = max(s.in_features for s in shapes), sum(s.out_features for s in shapes)
         if config.score == "sparsegpt":
-            return float(n) ** 3 + n_rows * n * (2.0 * n + 600)
+            n_tried = 2 if config.order == "best" and config.groups[1] else 1
+            return n_tried * (float(n) ** 3 + n_rows * n * (2.0 * n + 600))
         return 500.0 * n_rows * n
 
     @classmethod
@@ -193,7 +202,7 @@ class Prune(SiteMethod):
         known = statistics if statistics is not None and statistics.n_tokens else None
         if known is not None:
             known.require_finite(f"{', '.join(layer.name for layer in site.layers)}: prune")
-        factors: dict[float, InverseFactor] = {}
+        factors: dict[object, _Factor] = {}
         outcomes = {}
         for layer in site.layers:
             check_weight(layer)
@@ -260,7 +269,7 @@ def _masked(layer: Layer, known: SiteStatistics | None) -> Outcome:
     module = _module(layer, layer.weight, mask, spec)
     if config.bits is not None:  # sparsegpt without inputs
         grid = fit_grid(layer.weight * mask, config.group_size, _rule(layer))
-        module = _quantized(layer, module, spec, grid.encode(layer.weight * mask), grid)
+        module = _quantized(module, spec, grid.encode(layer.weight * mask), grid, layer.bias)
     report = _weight_error(layer.weight, module)
     if squares is not None and known is not None:
         difference = (layer.weight - module.dense(torch.float32)).square_()
@@ -283,39 +292,68 @@ def _mask(scores: Tensor, spec: SparseSpec, config: PruneConfig) -> Tensor:
     return highest_of_rows(scores, spec.kept // spec.out_features) if within == "row" else highest(scores, spec.kept)
 
 
-def _with_feedback(layer: Layer, known: SiteStatistics, factors: dict[float, InverseFactor]) -> Outcome:
-    """SparseGPT. `factors`: of the site's second moment, by damping; those missing are added."""
+@dataclass(frozen=True)
+class _Factor:
+    """U of a site in one order of its columns; None is the natural one."""
+
+    inverse: InverseFactor
+    order: Tensor | None
+
+
+def _factor(config: PruneConfig, act: bool, hessian: Tensor, made: dict[object, _Factor]) -> _Factor:
+    """One that was `made`, or a new one, which joins them."""
+    key = (config.damping, config.groups[1] if act else None)
+    if key not in made:
+        diagonal = hessian.diagonal().clone()
+        dead = diagonal == 0
+        if dead.any():
+            diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
+        order = group_order(hessian.diagonal(), config.groups[1]) if act else None
+        made[key] = _Factor(inverse_factor(hessian, config.damping, order, diagonal), order)
+    return made[key]
+
+
+def _with_feedback(layer: Layer, known: SiteStatistics, factors: dict[object, _Factor]) -> Outcome:
+    """SparseGPT. `factors`: of the site's second moment; those missing are added."""
     config: PruneConfig = layer.config
     spec = Prune.plan(layer.shape, config)
     hessian = known[SecondMoment()]
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    if config.damping not in factors:
-        if dead.any():
-            diagonal = diagonal.clone()
-            diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
-        factors[config.damping] = inverse_factor(hessian, config.damping, diagonal=diagonal)
-    factor = factors[config.damping]
+    dead = hessian.diagonal() == 0
     weight = layer.weight.masked_fill(dead, 0.0)
-    rule = None if config.bits is None else _rule(layer)
     pattern = Pattern(spec.n, spec.m, spec.kept, config.block_size)
-    pruned = prune_columns(weight, factor.upper, pattern, layer.scale_dtype, rule, config.group_size)
+
+    def lost(found: Pruned, tried: _Factor) -> float:
+        damped = (weight - found.weight).square().sum(1).mul_(tried.inverse.added)
+        return float((found.loss - damped).double().sum())
+
+    pruned, factor, loss = None, None, float("inf")
+    for act in {"none": (False,), "act": (True,), "best": (False, True)}[config.order if spec.m else "none"]:
+        tried = _factor(config, act, hessian, factors)
+        found = prune_columns(weight, tried.inverse.upper, pattern, layer.scale_dtype, order=tried.order)
+        if pruned is None or lost(found, tried) < loss:
+            pruned, factor, loss = found, tried, lost(found, tried)
+    assert pruned is not None and factor is not None
     module = _module(layer, pruned.weight, pruned.mask, spec)
-    if pruned.codes is not None and pruned.grid is not None:
-        module = _quantized(layer, module, spec, pruned.codes, pruned.grid)
-    loss = max(float((pruned.loss - factor.added * (weight - pruned.weight).square().sum(1)).double().sum()), 0.0)
+    if config.bits is not None:  # once more, on grids for what is kept now
+        grid = fit_grid(pruned.weight, config.group_size, _rule(layer))
+        pruned = prune_columns(weight, factor.inverse.upper, pattern, layer.scale_dtype, grid, factor.order)
+        assert pruned.codes is not None
+        loss = lost(pruned, factor)
+        module = _quantized(_module(layer, pruned.weight, pruned.mask, spec), spec, pruned.codes, grid, layer.bias)
+    loss = max(loss, 0.0)  # rounding errors may exceed a loss of next to nothing
     report = {
         "loss": loss / known.n_tokens,
         "relative_error": fraction(loss, energy(weight, hessian.float())),
         **_weight_error(layer.weight, module),
-        "damping": factor.damping,
+        "act_order": float(factor.order is not None),
+        "damping": factor.inverse.damping,
         "n_tokens": float(known.n_tokens),
     }
     notes = []
-    if factor.damping > config.damping:
+    if factor.inverse.damping > config.damping:
         notes.append(
-            f"damping raised from {config.damping:g} to {factor.damping:.3g} in {factor.n_attempts} attempts: the second moment "
-            f"of the inputs is not positive definite; calibrate on more, and more varied, tokens"
+            f"damping raised from {config.damping:g} to {factor.inverse.damping:.3g} in {factor.inverse.n_attempts} attempts: "
+            f"the second moment of the inputs is not positive definite; calibrate on more, and more varied, tokens"
         )
     if known.n_tokens < layer.weight.shape[1]:
         notes.append(
@@ -328,10 +366,10 @@ def _rule(layer: Layer) -> GridRule:
     return GridRule(layer.config.bits, clip=layer.config.clip, scale_dtype=layer.scale_dtype)
 
 
-def _quantized(layer: Layer, module: SparseLinear, spec: SparseSpec, codes: Tensor, grid: Grid) -> SparseLinear:
+def _quantized(module: SparseLinear, spec: SparseSpec, codes: Tensor, grid: Grid, bias: Tensor | None) -> SparseLinear:
     """The places of `module`, with codes [out, in] on `grid`."""
     assert spec.quantized is not None
-    held = QuantizedModule.from_codes(codes, grid.scale, None, spec.quantized, layer.bias)
+    held = QuantizedModule.from_codes(codes, grid.scale, None, spec.quantized, bias)
     assert isinstance(held, QuantizedLinear)
     return module.quantized(held)
 
