@@ -35,6 +35,8 @@ STEPS = {
     "rtn": {"rtn": {"bits": 4, "group_size": 128}},
     "gptq": {"gptq": {"bits": 4, "group_size": 128}},
     "slicegpt": {"slicegpt": {"sparsity": 0.25}},
+    "rotate": {"rotate": {"online": ["mlp"]}},
+    "rotate_orthogonal": {"rotate": {"r1": "orthogonal"}},
     "drop_blocks": {"drop_blocks": {"n_drop": 1}},
     "drop_blocks_taylor": {"drop_blocks": {"n_drop": 1, "score": "taylor"}},
 }
