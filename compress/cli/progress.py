@@ -25,8 +25,10 @@ class Pace:
         self.durations: list[float] = []
 
     def advance(self, steps: int) -> None:
+        if steps == 0:
+            return
         now = time.monotonic()
-        self.durations = [*self.durations, *[(now - self.last) / max(steps, 1)] * min(steps, RECENT)][-RECENT:]
+        self.durations = [*self.durations, *[(now - self.last) / steps] * min(steps, RECENT)][-RECENT:]
         self.done, self.last = self.done + steps, now
 
     @property

@@ -83,12 +83,20 @@ class Layer:
         return LayerShape(self.name, out_features, in_features, self.kind, self.bias is not None, masked=masked)
 
 
+def _silent(detail: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class SiteTask:
-    """The layers of one site that a step applies to. They share an input, hence statistics."""
+    """The layers of one site that a step applies to. They share an input, hence statistics.
+
+    `tell`: takes a line about something long, which may be shown: the iteration that a layer is at, its loss.
+    """
 
     name: str
     layers: tuple[Layer, ...]
+    tell: Callable[[str], None] = _silent
 
 
 @dataclass

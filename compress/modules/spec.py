@@ -84,6 +84,7 @@ SPECS = {  # representation -> where its spec lives
     "low_rank": "compress.modules.low_rank_spec:LowRankSpec",
     "cur": "compress.modules.cur_spec:CURSpec",
     "sparse": "compress.modules.sparse_spec:SparseSpec",
+    "armor": "compress.modules.armor_spec:ArmorSpec",
     "remapped_low_rank": "compress.modules.remapped_spec:RemappedSpec",
 }
 ENTRY_POINTS = "compress.representations"

@@ -284,6 +284,7 @@ class Stage:
                 statistics,
                 self.float_dtype,
                 lambda purpose: self.generator(step, site.name, purpose),
+                lambda detail: self.progress.advance(0, detail),
             )
         for name, outcome in outcomes.items():
             planned = step.specs[name]

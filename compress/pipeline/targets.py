@@ -39,12 +39,14 @@ def compress_targets(
     statistics: SiteStatistics | None,
     scale_dtype: torch.dtype,
     generator: Callable[[str], torch.Generator],
+    tell: Callable[[str], None],
 ) -> dict[str, Outcome]:
     """Layer name -> what the step made of it.
 
     Args:
         statistics: of the input that all targets share.
         generator: randomness for a purpose.
+        tell: takes a line about what goes on inside the step.
 
     Raises: NumericsError naming layer and step.
     """
@@ -59,7 +61,8 @@ def compress_targets(
             shared = None if statistics is None else statistics.mapped(group[0].leaf.input_map)
             where = site if group is together else group[0].layer.name
             purpose = "compress" if where == site else f"compress/{where}"
-            done = step.method.compress(SiteTask(where, tuple(job.layer for job in group)), shared, generator(purpose))
+            task = SiteTask(where, tuple(job.layer for job in group), tell)
+            done = step.method.compress(task, shared, generator(purpose))
             for job in group:
                 job.work.take(job.name, done[job.layer.name], second_moment)
     return {work.target.name: work.outcome() for work in works}
