@@ -66,7 +66,7 @@ def wrong_positions(words: Tensor, n: int, m: int, in_features: int, kept: int) 
             return None if found == kept else f"{found} weights are marked as kept, and there are values for {kept}"
         wrong = mask.unflatten(1, (-1, m)).sum(-1) != n
     elif layout.kind == "ranks":
-        wrong = unpack(words, layout.bits, in_features // m) >= comb(m, n)
+        wrong = unpack(words, layout.bits, in_features // m).int() >= comb(m, n)
     else:
         places = unpack(words, layout.bits, in_features // m * n).unflatten(1, (-1, n))
         wrong = (places.diff(dim=-1).view(torch.int8) <= 0).any(-1)
@@ -96,20 +96,22 @@ def rebuilt(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The weight that the tensors stand for, some rows at a time, [rows, in_features], in the dtype of values or scale."""
     flat = unpack(values[None], bits, _capacity(values, bits))[0] if scale is not None and not m else values
-    start = 0
+    before = torch.zeros(
+        (), dtype=torch.long, device=positions.device
+    )  # values of earlier rows; a tensor, to be traced
     for rows in row_tiles(len(positions), in_features):
         mask = unpack_positions(positions[rows], n, m, in_features)
         if not m:
-            n_kept = int(mask.sum())
-            kept = flat[start : start + n_kept]
-            start += n_kept
+            place = mask.flatten().cumsum(0) + before
+            before = place[-1]
+            kept = flat[(place - 1).clamp_(0, len(flat) - 1)].view(mask.shape)
         else:
             kept = values[rows] if scale is None else unpack(values[rows], bits, in_features // m * n)
+            kept = torch.zeros(mask.shape, dtype=kept.dtype, device=kept.device).masked_scatter_(mask, kept)
         if scale is None:
-            yield rows, values.new_zeros(mask.shape).masked_scatter_(mask, kept)
+            yield rows, kept.masked_fill_(~mask, 0)
         else:
-            codes = torch.full(mask.shape, 2 ** (bits - 1), dtype=torch.uint8, device=mask.device)
-            yield rows, dequantize(codes.masked_scatter_(mask, kept), scale[rows], None, bits)
+            yield rows, dequantize(kept.masked_fill_(~mask, 2 ** (bits - 1)), scale[rows], None, bits)
 
 
 def _capacity(words: Tensor, bits: int) -> int:
