@@ -15,7 +15,8 @@ sparsegpt goes column by column, H_d^-1 = U^T U as in gptq.py, w being W with th
 (compress/linalg/sparse_feedback.py). With H = I it is magnitude. The groups of a pattern may come in any order: as stored, as
 in the paper, or those with the largest inputs first. Which of the two loses less depends on the layer; the loop knows what it
 lost, so `order: best` tries both. It can round what it keeps in the same loop (`bits`), so that columns make good for both, on
-gptq's grids: the loop runs without rounding first, and grids are fitted to what that leaves.
+gptq's grids: the loop runs without rounding first, then with grids fitted to what that leaves, then with grids fitted to W, as
+in the public code; what loses less is taken.
 
 Anywhere (`sparsity`), weights are compared within a row (Wanda), within the layer (magnitude, NoWag-P), or within
 `block_size` columns (SparseGPT). The number kept is always the same, so that the plan knows the bytes.
@@ -191,8 +192,8 @@ class Prune(SiteMethod):
     def flops(cls, shapes: tuple[LayerShape, ...], config: PruneConfig) -> float:
         n, n_rows = max(s.in_features for s in shapes), sum(s.out_features for s in shapes)
         if config.score == "sparsegpt":
-            n_tried = 2 if config.order == "best" and config.groups[1] else 1
-            return n_tried * (float(n) ** 3 + n_rows * n * (2.0 * n + 600))
+            n_loops = (2 if config.order == "best" and config.groups[1] else 1) + (2 if config.bits else 0)
+            return n_loops * (float(n) ** 3 + n_rows * n * (2.0 * n + 600))
         return 500.0 * n_rows * n
 
     @classmethod
@@ -334,12 +335,14 @@ def _with_feedback(layer: Layer, known: SiteStatistics, factors: dict[object, _F
             pruned, factor, loss = found, tried, lost(found, tried)
     assert pruned is not None and factor is not None
     module = _module(layer, pruned.weight, pruned.mask, spec)
-    if config.bits is not None:  # once more, on grids for what is kept now
-        grid = fit_grid(pruned.weight, config.group_size, _rule(layer))
-        pruned = prune_columns(weight, factor.inverse.upper, pattern, layer.scale_dtype, grid, factor.order)
-        assert pruned.codes is not None
-        loss = lost(pruned, factor)
-        module = _quantized(_module(layer, pruned.weight, pruned.mask, spec), spec, pruned.codes, grid, layer.bias)
+    if config.bits is not None:  # once more, on grids for what is kept now, and on the paper's
+        loss = float("inf")
+        for grid in (fit_grid(w, config.group_size, _rule(layer)) for w in (pruned.weight, weight)):
+            found = prune_columns(weight, factor.inverse.upper, pattern, layer.scale_dtype, grid, factor.order)
+            if lost(found, factor) < loss:
+                assert found.codes is not None
+                loss, rounded = lost(found, factor), _module(layer, found.weight, found.mask, spec)
+                module = _quantized(rounded, spec, found.codes, grid, layer.bias)
     loss = max(loss, 0.0)  # rounding errors may exceed a loss of next to nothing
     report = {
         "loss": loss / known.n_tokens,
