@@ -225,7 +225,7 @@ def timed() -> None:
     for score in ("magnitude", "wanda", "nowag", "sparsegpt"):
         for settings in ({"pattern": "2:4"}, {"sparsity": 0.5}):
             start = time.process_time()
-            pruned(weight, x, {"score": score, **settings})
+            pruned(weight, x[None], {"score": score, **settings})
             print(f"| {score}, {settings} | {time.process_time() - start:.1f} |", flush=True)
 
 
