@@ -135,6 +135,20 @@ CASES = [
         ],
         model="llama",
     ),
+    Case(
+        "armor",
+        [{"armor": {"block_size": 4, "n_iters": 10}}],
+        [{"armor": {"block_size": 8, "n_iters": 60, "step": "sequential"}}],
+        kl=2.5,
+    ),
+    Case("armor_conv1d", [{"armor": {"block_size": 4, "n_iters": 5, "step": "sequential"}}], model="gpt2", kl=2.5),
+    Case("armor_experts", [{"armor": {"block_size": 4, "out_block_size": 8, "n_iters": 2}}], model="mixtral", kl=2.5),
+    Case(
+        "armor_then_gptq",
+        [{"armor": {"block_size": 8, "n_iters": 5}}, {"gptq": {"bits": 4, "group_size": 32}}],
+        model="llama",
+        kl=2.5,
+    ),
     Case("drop_blocks", [{"drop_blocks": {"n_drop": 1, "rows": 4}}], kl=2.5),
     Case(
         "drop_blocks_taylor_then_gptq",
@@ -247,7 +261,7 @@ def test_interrupted_and_resumed_is_the_same(case: Case, runs: Any, text: Path, 
             self.phase = phase
 
         def advance(self, steps: int = 1, detail: str = "") -> None:
-            self.blocks += self.phase == "compress"
+            self.blocks += steps * (self.phase == "compress")
             if self.blocks == 2:
                 raise KeyboardInterrupt
 

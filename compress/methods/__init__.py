@@ -17,6 +17,7 @@ METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
     "gptq": "compress.methods.gptq:GPTQ",
     "prune": "compress.methods.prune:Prune",
+    "armor": "compress.methods.armor:Armor",
     "svd": "compress.methods.svd:SVD",
     "laser": "compress.methods.laser:LASER",
     "dobi_svd": "compress.methods.dobi_svd:DobiSVD",
