@@ -37,7 +37,7 @@ from compress.errors import CheckpointError, RecipeError
 from compress.models.architecture import Architecture
 from compress.models.experts import unfuse_experts, without_expert_converters
 from compress.models.families import WRAPPED, architecture_of, disk_name, module_name, wrapped_linears
-from compress.models.restructure import StreamNorm, restructure
+from compress.models.restructure import StreamNorm, Transformed, restructure
 from compress.models.structure import Structure
 from compress.modules.base import CompressedModule
 from compress.modules.registry import module_class
@@ -162,8 +162,14 @@ class CompressQuantizer(HfQuantizer):
         """What is saved. Should someone get round our `save_pretrained`, the copy must still not load without us."""
         if self.guarded or self.quantization_config.standard is not None:
             return None, {}
+        markers = _markers(model)
+        if not markers and any(isinstance(module, Transformed) for module in model.modules()):
+            raise CheckpointError(
+                "a copy of this model would load without compress-llm and compute something else; save it with its own "
+                "save_pretrained: model.save_pretrained(folder)"
+            )
         state = model.state_dict()
-        return {**state, **{marker: torch.empty(0) for marker in _markers(model)}}, {}
+        return {**state, **{marker: torch.empty(0) for marker in markers}}, {}
 
     def is_serializable(self) -> bool:
         return self.complete

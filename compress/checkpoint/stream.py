@@ -21,11 +21,12 @@ from torch.nn import functional
 
 from compress.checkpoint.description import modules_of
 from compress.checkpoint.headers import read_json
+from compress.checkpoint.names import owner
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.translate import open_reader
 from compress.errors import CheckpointError, CompressError, naming
 from compress.models.architecture import Architecture
-from compress.models.families import architecture_of
+from compress.models.families import architecture_of, is_ignored
 from compress.models.skeleton import Skeleton
 from compress.modules.base import CompressedModule
 from compress.modules.registry import module_class
@@ -66,6 +67,8 @@ class StreamedModel:
             self.specs = modules_of(raw, self.reader.infos) if specs is None else specs
             self.architecture = architecture_of(raw, self.reader.infos.keys())
         self.config, self.skeleton = _built(folder, self.architecture, dtype, trust_remote_code)
+        if not self.architecture.structure.plain:
+            self._check_known()
         self.table_reader: CheckpointReader | None = None  # of the token table, where it has been written already
         self._backbone = _parent_of_blocks(self.skeleton.model, self.skeleton.blocks[0])
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -96,6 +99,22 @@ class StreamedModel:
 
     def unload_block(self, index: int) -> None:
         self.skeleton.empty_block(index)
+
+    def _check_known(self) -> None:
+        """Every stored tensor has a place: a structure that says too much or too little would leave some aside.
+
+        Raises: CheckpointError naming the first that has none.
+        """
+        head = self.architecture.head.linears[0]
+        places = {*self.skeleton.outside_tensors(), f"{head}.weight"}
+        for index in range(self.n_blocks):
+            places |= self.skeleton.block_tensors(index).keys()
+        for name in self.reader.infos:
+            if name not in places and owner(name, self.specs) is None and not is_ignored(name):
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name} has no place in the model that config.json describes "
+                    f"(quantization_config.structure); the two are not of one model: fetch both again"
+                )
 
     def check_finite(self, index: int) -> None:
         """Raises: CheckpointError naming the first tensor of the loaded block that holds NaN or infinity."""

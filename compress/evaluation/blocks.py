@@ -78,6 +78,10 @@ class BlockErrors:
         }
 
 
+SAME_BASIS = 0.5  # cosine
+OTHER_BASIS = "the hidden states of the two are in different bases (one of the models was rotated)"
+
+
 def not_comparable(reason: str) -> dict[str, Any]:
     """What stands in the place of the distances where there are none."""
     return {"reason": reason, "tokens": 0, "local_tokens": 0, "worst": [], "blocks": []}
@@ -97,6 +101,16 @@ def obstacle(model: StreamedModel, reference: StreamedModel) -> str | None:
         widths = (a.structure.width or a.hidden_size for a in (ours, theirs))
         return "every block of a sliced model has a basis of its own, of {} entries here and {} there".format(*widths)
     return None
+
+
+def in_one_basis(ours: HiddenStates, theirs: HiddenStates) -> bool:
+    """Whether what enters block 0 is the same but for rounding. A rotated model has the same outputs in another basis: there
+    the cosine between the two is near 0, while rounding a table to 2 bits leaves it above 0.8."""
+    if not len(ours):
+        return True
+    a, b = ours[0].double().flatten(), theirs[0].double().flatten()
+    norms = float(a.norm() * b.norm())
+    return norms == 0 or float(a @ b) > SAME_BASIS * norms
 
 
 def run_in_step(

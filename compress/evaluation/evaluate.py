@@ -16,7 +16,7 @@ from compress.calibration.store import Allowance, HiddenStates
 from compress.checkpoint.source import find_source
 from compress.checkpoint.stream import StreamedModel
 from compress.errors import CheckpointError, RecipeError
-from compress.evaluation.blocks import not_comparable, obstacle, run_in_step
+from compress.evaluation.blocks import OTHER_BASIS, in_one_basis, not_comparable, obstacle, run_in_step
 from compress.evaluation.fidelity import compare, score
 from compress.evaluation.size import sizes
 from compress.evaluation.speed import measure_speed
@@ -187,6 +187,10 @@ class _Evaluation:
             theirs = self.final_hidden(original, windows, scratch, allowance)
             return theirs, self.final_hidden(model, windows, scratch, allowance), not_comparable(reason)
         theirs, ours = (self._embedded(m, windows, scratch, allowance) for m in (original, model))
+        if not in_one_basis(ours, theirs):
+            runs = ((original, theirs), (model, ours))
+            theirs, ours = (self._through(m, hidden, scratch) for m, hidden in runs)
+            return theirs, ours, not_comparable(OTHER_BASIS)
         self.progress.begin(f"evaluate {model.folder.name} beside {original.folder.name}", model.n_blocks, "block")
         errors = run_in_step(model, ours, original, theirs, self.progress.advance)
         theirs, ours = self._normed(original, theirs, scratch), self._normed(model, ours, scratch)
@@ -198,7 +202,10 @@ class _Evaluation:
         self, model: StreamedModel, windows: Windows, scratch: Path, allowance: Allowance | None = None
     ) -> HiddenStates:
         """Final normed hidden states of all windows: every block is loaded once and runs on all of them."""
-        hidden = self._embedded(model, windows, scratch, allowance or self._allowance())
+        return self._through(model, self._embedded(model, windows, scratch, allowance or self._allowance()), scratch)
+
+    def _through(self, model: StreamedModel, hidden: HiddenStates, scratch: Path) -> HiddenStates:
+        """Final normed hidden states, in the place of those that enter block 0."""
         self.progress.begin(f"evaluate {model.folder.name}", model.n_blocks, "block")
         for index in range(model.n_blocks):
             block = model.load_block(index)

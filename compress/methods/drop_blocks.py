@@ -79,6 +79,8 @@ class DropBlocksConfig(MethodConfig):
             raise ValueError("selection=contiguous needs score=angular_distance and n_drop")
         if self.selection == "iterative" and self.score == "magnitude":
             raise ValueError("magnitudes stay the same when blocks go; leave selection=iterative out")
+        if self.score == "magnitude" and self.rows != type(self).model_fields["rows"].default:
+            raise ValueError(f"rows={self.rows}: score=magnitude looks at weights only; leave rows out")
         if self.protect is not None and min(self.protect) < 0:
             raise ValueError(f"protect={list(self.protect)}: a number of first and one of last blocks, from 0 on")
         return self
@@ -189,9 +191,10 @@ def taken(model: ModelShape, config: DropBlocksConfig, order: list[int]) -> list
 
 
 def some(model: ModelShape, config: DropBlocksConfig) -> list[int]:
-    """Blocks that might be chosen: the smallest, and of them the last, so that a result is no larger than planned."""
+    """Blocks that might be chosen: the smallest, and of them the first, so that a result is no larger than planned, and what a
+    model's config.json cannot say without its first blocks is refused in the plan."""
     sizes = block_bytes(model)
-    return taken(model, config, sorted(candidates(model, config), key=lambda block: (sizes[block], -block)))
+    return taken(model, config, sorted(candidates(model, config), key=lambda block: (sizes[block], block)))
 
 
 def block_bytes(model: ModelShape) -> list[int]:

@@ -63,6 +63,7 @@ class ModelShape:
         linears: names of all linears of the blocks.
         stream: its residual stream; raises RecipeError, by name and with the reason, if that cannot be rewritten.
         nbytes: of every tensor.
+        float_bytes: of a float as the result stores it.
         compressed: names of modules that are compressed already (`ModelMethod.on_compressed`).
     """
 
@@ -73,6 +74,7 @@ class ModelShape:
     hidden_size: int
     stream: Callable[[], Stream]
     nbytes: Mapping[str, int] = field(default_factory=dict)
+    float_bytes: int = 2
     compressed: frozenset[str] = frozenset()
 
     @property

@@ -165,6 +165,11 @@ class RoundedModel:
                 predicted = ids.numel() - ids.shape[0]
                 total += float(next_token_loss(self.model, ids)) * predicted
                 n_tokens += predicted
+        if not math.isfinite(total):
+            raise NumericsError(
+                "rotate: the loss of the calibration rows is not a number with all layers rounded; check the checkpoint, or "
+                "use candidates=1 without learn"
+            )
         return total / n_tokens
 
     def _fold(self, branch: Branch) -> None:

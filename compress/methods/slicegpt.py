@@ -39,7 +39,7 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.calibration.store import HiddenStates
@@ -53,18 +53,21 @@ from compress.models.derived import Derived
 from compress.models.stream import Stream
 from compress.models.structure import Structure
 
+SPARSITY = 0.25  # where nothing else is asked for
 BASES_IN_MEMORY = 2  # a block has three; tensors of one norm come one after the other
 EIGH_FLOPS = 10  # n^3, of all eigenvectors of a symmetric matrix
 QR_FLOPS = 4  # n^3
 
 
 class SliceGPTConfig(MethodConfig):
-    sparsity: float = Field(0.25, ge=0, lt=1, description="fraction of the residual stream's entries that is cut off")
+    sparsity: float | None = Field(
+        None, ge=0, lt=1, description="fraction of the residual stream's entries that is cut off [default: 0.25]"
+    )
     keep_ratio: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="size of the whole model, tables and head included, as a fraction of the source: the widest stream that "
+        description="bytes of the whole model, tables and head included, as a fraction of the source's: the widest stream that "
         "fits, in place of sparsity",
     )
     round_to: int = Field(8, ge=1, description="the width is rounded down to a multiple of it")
@@ -73,6 +76,12 @@ class SliceGPTConfig(MethodConfig):
         "random",
         description="of the directions that stay: mixed, so that values are spread evenly over entries, or the longest first",
     )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> SliceGPTConfig:
+        if self.sparsity is not None and self.keep_ratio is not None:
+            raise ValueError("sparsity and keep_ratio are two ways to say how much is cut; give one of them")
+        return self
 
 
 class SliceGPT(ModelMethod):
@@ -203,22 +212,29 @@ def width_of(model: ModelShape, stream: Stream, config: SliceGPTConfig) -> int:
     """Entries of the sliced stream. Raises: RecipeError naming the setting that leaves none."""
     step = config.round_to
     if config.keep_ratio is None:
-        wanted = int((1 - config.sparsity) * stream.size + 1e-9)
-        width = stream.size if config.sparsity == 0 else wanted // step * step
+        sparsity = SPARSITY if config.sparsity is None else config.sparsity
+        wanted = int((1 - sparsity) * stream.size + 1e-9)
+        width = stream.size if sparsity == 0 else wanted // step * step
         if width == 0:
             raise RecipeError(
-                f"sparsity={config.sparsity}: leaves {wanted} of {stream.size} entries, fewer than round_to={step}; slice less"
+                f"sparsity={sparsity}: leaves {wanted} of {stream.size} entries, fewer than round_to={step}; slice less"
             )
         return width
 
-    def numbers(width: int) -> int:
-        return _numbers(model, *sliced_tensors(model, stream, width, last_width_of(stream, config, width), None))
+    if step > stream.size:
+        raise RecipeError(
+            f"round_to={step}: is more than the {stream.size} entries of the stream; use a smaller round_to"
+        )
 
-    budget = int(config.keep_ratio * _numbers(model, {}, frozenset()))
+    def nbytes(width: int) -> int:
+        last = last_width_of(stream, config, width)
+        return model.float_bytes * _numbers(model, *sliced_tensors(model, stream, width, last, None))
+
+    source = sum(model.nbytes.values())
     widths = range(step, stream.size + 1, step)
-    fitting = bisect_right(widths, budget, key=numbers)
+    fitting = bisect_right(widths, int(config.keep_ratio * source), key=nbytes)
     if fitting == 0:
-        least = numbers(min(step, stream.size)) / _numbers(model, {}, frozenset())
+        least = nbytes(step) / source
         raise RecipeError(
             f"keep_ratio={config.keep_ratio}: no width fits; {step} entries already take {least:.3f} of the source, with what "
             f"slicing leaves as it is; use a larger keep_ratio"

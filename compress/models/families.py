@@ -124,15 +124,27 @@ def changed_config(
     usual = "num_hidden_layers"
     own = table.keys.get(usual, usual)
     changed |= {key: len(blocks) for key in (usual, own) if key == own or key in config}
+    _check_listed(config, n_blocks)
     types = config.get("layer_types") or (table.layer_types(config, n_blocks) if table.layer_types else None)
     if types is not None and ("layer_types" in config or len(set(types)) > 1):
         changed["layer_types"] = [types[block] for block in blocks]
-    if "max_window_layers" in config:
+    if config.get("max_window_layers") is not None:
         changed["max_window_layers"] = sum(block < config["max_window_layers"] for block in blocks)
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         dense = [new for new, old in enumerate(blocks) if not _is_sparse(architecture.settings, old)]
         changed |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
     return changed
+
+
+def _check_listed(config: Mapping[str, Any], n_blocks: int) -> None:
+    """Raises: CheckpointError where a setting that has one entry for each block, or counts blocks, does not."""
+    types, first = config.get("layer_types"), config.get("max_window_layers")
+    if types is not None and not (isinstance(types, list) and len(types) == n_blocks):
+        raise CheckpointError(
+            f"config.json: layer_types={types!r:.100} is not a list of one entry for each of {n_blocks} blocks; mend it there"
+        )
+    if first is not None and type(first) is not int:
+        raise CheckpointError(f"config.json: max_window_layers={first!r:.100} is not a whole number; mend it there")
 
 
 def wrapped_linears(architecture: Architecture) -> list[str]:

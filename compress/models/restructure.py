@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import RecipeError
+from compress.errors import CheckpointError, RecipeError
 from compress.kernels.ops import hadamard_transform
+from compress.linalg.hadamard_orders import factors
 from compress.models.architecture import Architecture
 from compress.models.branches import Branches, named_arguments
 from compress.models.experts import UnfusedExperts
@@ -100,7 +101,17 @@ def restructure(model: nn.Module, architecture: Architecture, cut: str = "") -> 
     for kind, size in structure.hadamard:
         for site in (site for sites in architecture.block_sites for site in sites if site.kind == kind):
             for name in site.linears:
-                tree.replace(name, Transformed(tree[name], size))
+                tree.replace(name, _transformed(name, tree[name], size, stored_in_out=architecture.transposed))
+
+
+def _transformed(name: str, linear: nn.Module, size: int, stored_in_out: bool) -> Transformed:
+    width = linear.get_parameter("weight").shape[0 if stored_in_out else 1]
+    if width % size or factors(size) is None:
+        raise CheckpointError(
+            f"config.json: quantization_config.structure: hadamard: no Hadamard blocks of {size} fit the {width} inputs of "
+            f"{name}; fetch it again"
+        )
+    return Transformed(linear, size)
 
 
 class _Tree:
@@ -117,7 +128,15 @@ class _Tree:
 
     def heads(self, name: str) -> list[str]:
         """The head's name, if the model has one."""
-        return [] if self.cut else [name]
+        return [] if self.cut or self._lacks(name) else [name]
+
+    def _lacks(self, name: str) -> bool:
+        """Models that are made for another task than the next token have no head, or another."""
+        try:
+            self[name]
+        except AttributeError:
+            return True
+        return False
 
     def _inner(self, name: str) -> str:
         return module_name(self.architecture, name).removesuffix(WRAPPED).removeprefix(self.cut)
@@ -140,7 +159,8 @@ def _give_biases(tree: _Tree, stream: Stream) -> None:
 def _replace_norms(tree: _Tree, stream: Stream) -> None:
     norms = [branch.norm for branches in stream.branches for branch in branches]
     for name in (*norms, stream.final_norm):
-        eps: Any = getattr(tree[name], "variance_epsilon", None) or tree[name].eps
+        norm: Any = tree[name]
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         tree.replace(name, StreamNorm(stream.size, float(eps)))
 
 

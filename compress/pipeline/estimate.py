@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.names import owner
 from compress.checkpoint.source import SHIPPED
 from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
+from compress.models.derived import Derived
+from compress.models.families import architecture_of
 from compress.modules.spec import DTYPE_BYTES
 from compress.shipped import heldout_text_path
 
 if TYPE_CHECKING:
     from compress.methods.base import Extent, LayerShape
     from compress.pipeline.plan import Plan
+    from compress.pipeline.rewriting import RewritePlan
     from compress.pipeline.steps import StepPlan
 
 BASE_BYTES = 380 * 2**20  # anonymous memory of the process with torch and transformers imported, measured
@@ -31,6 +35,7 @@ GEMM_EFFICIENCY = 0.6  # of the measured peak, over shapes and the memory-bound 
 STARTUP_SECONDS = 6.0  # imports, tokenizer, skeleton
 BYTES_PER_TOKEN = 4  # of English text, for the size of an evaluation text that is not tokenized yet
 UNKNOWN_TEXT_TOKENS = 300_000  # about that of WikiText-2's test split
+MAKING_COPIES = 3  # of a tensor in float64 while it is made: before, after, and in between
 LOGIT_COPIES = 5  # both models' logits of a chunk and what is computed from them
 
 
@@ -41,8 +46,8 @@ def estimate(plan: Plan) -> tuple[int, float]:
     evaluation_bytes = 0
     if plan.recipe.evaluation:
         evaluation_bytes = _evaluation_bytes(plan)
-    looking_bytes = _block_bytes(plan) + _activation_bytes(plan, tokens) + _rewriting_bytes(plan, tokens)
-    peak = BASE_BYTES + max(compress_bytes, evaluation_bytes, _observation_bytes(plan, tokens), looking_bytes)
+    looking_bytes = max(_observation_bytes(plan, tokens), _looking_bytes(plan, tokens))
+    peak = BASE_BYTES + max(compress_bytes + _making_bytes(plan), evaluation_bytes, looking_bytes)
     return peak, _seconds(plan, tokens)
 
 
@@ -132,10 +137,45 @@ def _extent(plan: Plan, tokens: int, shapes: tuple[LayerShape, ...]) -> Extent:
     return Extent(*sizes, shapes, calibration.samples if plan.needs_data else 1)
 
 
-def _rewriting_bytes(plan: Plan, tokens: int) -> int:
-    """Of methods that look at the model before they rewrite it, beyond a block and the hidden states."""
+def _extent_before(plan: Plan, step: RewritePlan, tokens: int) -> Extent:
+    """Of the model as a rewriting step finds it."""
     extent = _extent(plan, tokens, ())
-    return max((step.method.observation_bytes(extent, step.config) for step in plan.rewrites), default=0)
+    n_blocks = len(architecture_of(step.before.config, step.before.infos.keys()).blocks)
+    n_weights = sum(prod(info.shape) for info in step.before.infos.values())
+    return replace(extent, n_weights=n_weights, n_blocks=n_blocks)
+
+
+def _looking_bytes(plan: Plan, tokens: int) -> int:
+    """Of methods that look at the model before they rewrite it: a block, the hidden states, and what they need themselves."""
+    observing = [step for step in plan.rewrites if step.observes]
+    if not observing:
+        return 0
+    own = max(step.method.observation_bytes(_extent_before(plan, step, tokens), step.config) for step in observing)
+    block = max(size // info_bytes for size, info_bytes in map(_largest_block, observing)) * COMPUTE_BYTES
+    return max(block, _block_bytes(plan)) + _activation_bytes(plan, tokens) + own + _making_bytes(plan)
+
+
+def _largest_block(step: RewritePlan) -> tuple[int, int]:
+    """Bytes of the largest block before the step, and of one of its numbers."""
+    blocks = architecture_of(step.before.config, step.before.infos.keys()).blocks
+    infos = step.before.infos
+    sizes = [sum(i.nbytes for name, i in infos.items() if name.startswith(f"{prefix}.")) for prefix in blocks]
+    some = next(iter(infos.values()))
+    return max(sizes), DTYPE_BYTES[some.dtype]
+
+
+def _making_bytes(plan: Plan) -> int:
+    """Of making rewritten tensors: the block that each step has made, and the work on its largest tensor in float64."""
+    total = 0
+    for step in plan.rewrites:
+        made = [t for t in step.tensors.values() if isinstance(t, Derived)]
+        if not made:
+            continue
+        total += _largest_block(step)[0]
+        whole = max((prod(t.shape) for t in made if not t.by_rows), default=0)
+        square = plan.architecture.hidden_size**2
+        total += 8 * (MAKING_COPIES * whole + square)
+    return total
 
 
 def _observation_bytes(plan: Plan, tokens: int) -> int:
@@ -193,7 +233,7 @@ def _seconds(plan: Plan, tokens: int) -> float:
             flops += sum(r.flops(shapes[0].in_features) for r in step.method.statistics(config)) * tokens
             flops += step.method.observation_flops(shapes, config)
     for rewrite in plan.rewrites:
-        extent = _extent(plan, tokens, ())
+        extent = _extent_before(plan, rewrite, tokens)
         flops += rewrite.method.flops(extent, rewrite.config)
         flops += rewrite.method.observation_flops(extent, rewrite.config) if rewrite.observes else 0.0
     flops += forward * tokens * sum(bool(_observing(step)) for stage in plan.stages for step in stage)

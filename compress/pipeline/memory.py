@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.writer import writing
+from compress.checkpoint.writer import replace_file, writing
 
 if TYPE_CHECKING:
     from compress.pipeline.progress import Progress
@@ -27,6 +27,8 @@ class Memory:
                 except ValueError:
                     break
                 self.values[key] = value
+            lines = (json.dumps([key, value]) + "\n" for key, value in self.values.items())
+            replace_file(path, lambda stream: stream.write("".join(lines).encode()))  # drops a torn last line
 
     def remember(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self.values:

@@ -108,7 +108,7 @@ class StreamedView(ModelView):
         self._allowance = Allowance(looking.activation_bytes)
         self._model = open_source(plan, before, looking.source, looking.work, looking.dtype, looking.device)
         self.device = self._model.device
-        self.shape = model_shape(self._model.architecture, step.before.infos, self._model.specs)
+        self.shape = model_shape(self._model.architecture, step.before.infos, plan.float_dtype, self._model.specs)
 
     def embedded(self, batches: Sequence[Tensor] | None = None) -> HiddenStates:
         batches = self.batches if batches is None else batches

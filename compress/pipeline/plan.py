@@ -177,7 +177,7 @@ def plan_source(
         n in layers for n in (architecture.head.linears[0], architecture.embedding.linears[0])
     )
     total_before = sum(info.nbytes for info in original.infos.values())
-    total_after = _bytes_after(source, architecture, source_specs, layers, float_dtype, untied)
+    total_after = _bytes_after(source, architecture, source_specs, layers, FLOAT_DTYPES.get(recipe.model.dtype), untied)
     warnings = [*_warnings(layers, format_, untied), *_kept(steps), *_unsettled(rewrites, steps)]
     warnings += [f"steps.{r.number}.{r.method.name}: {warning}" for r in rewrites for warning in r.rewrite.warnings]
     untied_by = [step for step in rewrites if step.rewrite.untied]
@@ -325,28 +325,26 @@ def _bytes_after(
     architecture: Architecture,
     source_specs: dict[str, ModuleSpec],
     layers: dict[str, LayerPlan],
-    float_dtype: str,
+    cast: str | None,
     untied: bool,
 ) -> int:
     """Bytes of all tensors of the result."""
     kept = sum(
-        stored_bytes(info, float_dtype)
+        stored_bytes(info, cast)
         for name, info in source.infos.items()
         if owner(name, layers) is None or name.endswith(".bias")
     )
     total = kept + sum(layer.bytes_after for layer in layers.values())
     head, table = architecture.head.linears[0], architecture.embedding.linears[0]
     if untied and not (head in layers and table in layers):
-        total += (
-            stored_bytes(source.infos[f"{table}.weight"], float_dtype) if head not in layers or table in layers else 0
-        )
+        total += stored_bytes(source.infos[f"{table}.weight"], cast) if head not in layers or table in layers else 0
     return total
 
 
-def stored_bytes(info: TensorInfo, float_dtype: str) -> int:
-    """Bytes of a tensor that is kept, floats in the dtype of the result."""
+def stored_bytes(info: TensorInfo, cast: str | None) -> int:
+    """Bytes of a tensor that is kept, floats in the dtype `cast`; None: each in its own."""
     is_float = info.dtype in ("F64", "F32", "F16", "BF16")
-    return prod(info.shape) * DTYPE_BYTES[float_dtype if is_float else info.dtype]
+    return prod(info.shape) * DTYPE_BYTES[cast if cast is not None and is_float else info.dtype]
 
 
 def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[str]:

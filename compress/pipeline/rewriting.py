@@ -147,7 +147,7 @@ def _planned(
         raise RecipeError(
             f"{where}: {source.name} is compressed already, and {method.name} rewrites ordinary weights; begin with the original"
         )
-    shape = model_shape(architecture, infos, specs)
+    shape = model_shape(architecture, infos, float_dtype, specs)
     with naming(where):
         rewrite = method.rewrite(shape, config, found)
         if rewrite.blocks is not None and architecture.structure.width is not None:
@@ -166,8 +166,10 @@ def _planned(
     return RewritePlan(number, method, config, source, after, tensors, rewrite, found.values)
 
 
-def model_shape(architecture: Architecture, infos: Mapping[str, TensorInfo], specs: Collection[str] = ()) -> ModelShape:
-    """A model as a method is told of it. `specs`: its modules that are compressed."""
+def model_shape(
+    architecture: Architecture, infos: Mapping[str, TensorInfo], float_dtype: str, specs: Collection[str] = ()
+) -> ModelShape:
+    """A model as a method is told of it. `float_dtype`: of the result; `specs`: its modules that are compressed."""
     from compress.methods.rewrite import ModelShape
 
     def stream() -> Stream:
@@ -178,7 +180,7 @@ def model_shape(architecture: Architecture, infos: Mapping[str, TensorInfo], spe
     title = f"{architecture.table.title} ({architecture.model_type})"
     nbytes = {name: info.nbytes for name, info in infos.items()}
     outline = (title, shapes, architecture.blocks, linears, architecture.hidden_size, stream)
-    return ModelShape(*outline, nbytes=nbytes, compressed=frozenset(specs))
+    return ModelShape(*outline, nbytes, DTYPE_BYTES[float_dtype], frozenset(specs))
 
 
 def _numbered_anew(architecture: Architecture, rewrite: Rewrite) -> Callable[[str], str | None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.headers import sampled_digest
 from compress.errors import CheckpointError, RecipeError, naming
 from compress.pipeline.estimate import PROBE_TOKENS, available_memory
 from compress.pipeline.journal import Journal, check_free, folder_lock, open_journal
@@ -154,7 +155,8 @@ def _run_locked(
         batches = calibration_batches(planned, source)
         if overwrite:
             discard(folder)
-        journal = open_journal(folder, {**header, "calibration text": _fingerprint(batches)})
+        content = {"calibration text": _fingerprint(batches), "content of the model": sampled_digest(source)}
+        journal = open_journal(folder, {**header, **content})
     with meter.phase("observe"):
         planned = _settle(planned, source, folder, journal, batches, machine, progress)
     with meter.phase("compress"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import compress
 from compress.calibration.data import load_tokenizer, load_tokens
 from compress.checkpoint.source import find_source
 from compress.checkpoint.stream import StreamedModel
-from compress.errors import RecipeError
+from compress.errors import CheckpointError, RecipeError
 from compress.linalg.grid import GridRule, fit_grid
 from compress.linalg.rotation import DenseRotation, MeanKeeping
 from compress.methods.rewrite import Found
@@ -153,6 +154,31 @@ def test_what_is_online_loads_generates_and_saves(family, tiny, ran, tmp_path):
     assert torch.equal(model.generate(prompt, **options), before.generate(prompt, **options))  # with a cache
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(compress.load(tmp_path / "saved")), logits(model))
+
+
+def test_an_unguarded_copy_of_what_is_online_is_refused(ran, tmp_path):
+    """Its tensors have ordinary names and shapes: stock transformers would run it without the transform."""
+    model = compress.load(ran("llama", {"online": ["mlp"]}).folder)
+    with pytest.raises(CheckpointError, match="save_pretrained"):
+        PreTrainedModel.save_pretrained(model, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("size", [7, 24, 4096])
+def test_a_described_transform_that_does_not_fit(size, ran, tmp_path):
+    folder = shutil.copytree(ran("llama", {"online": ["mlp"]}).folder, tmp_path / "altered")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["structure"]["hadamard"]["mlp_out"] = size
+    (folder / "config.json").write_text(json.dumps(config))
+    for opened in (compress.load, StreamedModel):
+        with pytest.raises(CheckpointError, match=f"no Hadamard blocks of {size}"):
+            opened(folder)
+
+
+def test_hidden_states_in_other_bases_are_not_compared(tiny, text, tmp_path):
+    recipe = recipe_for(tiny("llama"), [{"rotate": {}}], text)
+    report = run(recipe, tmp_path / "out").report
+    assert "different bases" in report["evaluation"]["hidden_states"]["reason"]
+    assert report["evaluation"]["fidelity"]["kl_mean"] < 1e-5
 
 
 def test_online_weights_are_in_that_basis(tiny, tmp_path):
@@ -378,7 +404,7 @@ def test_candidates_differ_and_keep_the_mean_where_they_must(tiny):
         from compress.pipeline.rewriting import model_shape
 
         infos = translated(step.before.config, step.before.infos)
-        shape = model_shape(architecture_of(step.before.config, infos.keys()), infos)
+        shape = model_shape(architecture_of(step.before.config, infos.keys()), infos, "F32")
         stream = shape.stream()
         drawn = [Rotations.drawn(shape, stream, RotateConfig(), lambda p: seeded(0, p), i) for i in (0, 1)]
         eye = torch.eye(64, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from compress.calibration.data import load_tokenizer, load_tokens
 from compress.checkpoint.headers import read_headers
 from compress.checkpoint.source import find_source
 from compress.checkpoint.stream import StreamedModel
-from compress.errors import RecipeError
+from compress.errors import CheckpointError, RecipeError
 from compress.linalg.hadamard import random_orthogonal
 from compress.methods.rewrite import Found
 from compress.methods.slicegpt import SliceGPT, SliceGPTConfig, basis_name
@@ -242,7 +243,7 @@ def test_opt_125m_has_the_numbers_of_the_reference():
         name: TensorInfo(name, "F16", tuple(p.shape), Path("x"), 0, 2 * p.numel())
         for name, p in model.named_parameters()
     }
-    shape = model_shape(architecture, infos)
+    shape = model_shape(architecture, infos, "F32")
     stream = sliceable(shape)
     width = width_of(shape, stream, SliceGPTConfig(sparsity=0.2))
     assert width == 608
@@ -304,6 +305,16 @@ def test_copies_pickles_outputs_and_placements(sliced, tmp_path):
     half = compress.load(folder, dtype=torch.bfloat16)
     assert half.model.layers[0].attn_shortcut.weight.dtype == torch.bfloat16
     assert relative(logits(half).float(), expected) < 0.1
+
+
+def test_a_structure_that_leaves_tensors_aside(sliced, tmp_path):
+    folder = shutil.copytree(sliced("gpt2", sparsity=0.25).folder, tmp_path / "altered")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["structure"]["biases"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for opened in (compress.load, StreamedModel):
+        with pytest.raises(CheckpointError, match=r"lm_head\.bias"):
+            opened(folder)
 
 
 def test_stock_transformers_stops(sliced, tmp_path, stock):

@@ -299,6 +299,38 @@ def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path):
     again = Memory(memory.path)
     assert again.values == {"a": [1, 2]}
     assert again.remember("b", lambda: 7) == 7
+    assert again.remember("c", lambda: 8) == 8
+    assert Memory(memory.path).values == {"a": [1, 2], "b": 7, "c": 8}
+
+
+def test_another_source_under_the_same_name_is_not_gone_on_with(source: Path, text: Path, tmp_path: Path):
+    recipe = asked(source, text, {"louder": {}}, DROP, ROUND)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "cut", progress=Stop("compress", 2))
+    weights = source / "model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="another content of the model"):
+        run(recipe, tmp_path / "cut")
+
+
+def test_bytes_are_planned_where_float_dtypes_are_mixed(source: Path, text: Path, tmp_path: Path):
+    weights = source / "model.safetensors"
+    mixed = {name: t if "norm" in name else t.bfloat16() for name, t in load_file(weights).items()}
+    save_file(mixed, weights, metadata={"format": "pt"})
+    result = run(asked(source, text, DROP), tmp_path / "out")
+    assert result.plan.bytes_total_after == sum(t.nbytes for t in load_all(tmp_path / "out").values())
+
+
+def test_what_looks_is_planned_by_the_model_that_it_looks_at(source: Path, text: Path):
+    looks = {"drop_blocks": {"n_drop": 1, "score": "taylor", "protect": [0, 0]}}
+    alone = plan(asked(source, text, looks))
+    followed = plan(asked(source, text, looks, {"drop_blocks": {"blocks": [0]}}))
+    assert followed.peak_bytes >= alone.peak_bytes
+
+
+def test_making_tensors_takes_memory_in_the_plan(source: Path, text: Path):
+    rotated = plan(asked(source, text, {"rotate": {}}))
+    assert rotated.peak_bytes > plan(asked(source, text, {"drop_blocks": {"blocks": [2]}})).peak_bytes
 
 
 # ---- damaged sources
