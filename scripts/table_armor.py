@@ -27,12 +27,13 @@ GPTQ = {"gptq": {"bits": 4, "group_size": 64, "clip": "mse", "order": "gar"}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help="blocks, iterations, rounded [default: all]")
+    parser.add_argument("--iterations", type=int, default=300, help="of blocks and rounded")
     parser.add_argument("--model", default="shipped", help="a folder or Hub id [default: the one that ships]")
     parser.add_argument("--samples", type=int, default=32, help="rows of 256 calibration tokens")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of the held-out text")
     asked = parser.parse_args()
     tables = {"blocks": blocks, "iterations": iterations, "rounded": rounded}
-    measure = Measure(asked.model, asked.samples, asked.max_tokens)
+    measure = Measure(asked.model, asked.samples, asked.max_tokens, asked.iterations)
     for name in asked.tables or tables:
         for line in tables[name](measure):
             print(line, flush=True)
@@ -43,8 +44,9 @@ def main() -> None:
 class Measure:
     """Runs steps on the model, and says what they lost; the same steps once."""
 
-    def __init__(self, model: str, samples: int, max_tokens: int):
-        self.model, self.samples, self.max_tokens, self.original = model, samples, max_tokens, 0.0
+    def __init__(self, model: str, samples: int, max_tokens: int, n_iters: int):
+        self.model, self.samples, self.max_tokens, self.n_iters = model, samples, max_tokens, n_iters
+        self.original = 0.0
         self._done: dict[str, str] = {}
 
     def __call__(self, *steps: dict[str, Any]) -> str:
@@ -87,7 +89,7 @@ def blocks(measure: Measure) -> Iterator[str]:
     for score in SCORES:
         yield f"| prune, {score} | {measure({'prune': {'score': score}})} |"
     for size in BLOCKS:
-        yield f"| armor, blocks of {size} | {measure({'armor': {'block_size': size, 'n_iters': 300}})} |"
+        yield f"| armor, blocks of {size} | {measure({'armor': {'block_size': size, 'n_iters': measure.n_iters}})} |"
 
 
 def iterations(measure: Measure) -> Iterator[str]:
@@ -106,7 +108,7 @@ def rounded(measure: Measure) -> Iterator[str]:
     yield "|---" * 5 + "|"
     for score in ("nowag", "sparsegpt"):
         yield f"| prune, {score} | {measure({'prune': {'score': score}}, GPTQ)} |"
-    yield f"| armor, blocks of 16 | {measure({'armor': {'block_size': 16, 'n_iters': 300}}, GPTQ)} |"
+    yield f"| armor, blocks of 16 | {measure({'armor': {'block_size': 16, 'n_iters': measure.n_iters}}, GPTQ)} |"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ An iteration is a continuous step on A, B and the kept entries of S, then a new 
 
 which is exact minimisation over the group, so that L never rises; a change that would raise it, by rounding, is left out.
 What a changed group does to E, S B^, A^T E and the slope is of rank one in its tile. So one forward and one backward product
-serve both the choice and the next continuous step: 6 out in (a + b) operations in place of 14.
+serve both the choice and the next continuous step: 6 out in (a + b) operations in place of 16.
 
 Continuous steps: `adam`, one step on all three together, of L / L0; `sequential`, a gradient step on A, then B, then S, each as
 long as its largest curvature allows (1 / largest eigenvalue), which no step of the three raises L by.

@@ -100,7 +100,9 @@ class Armor(SiteMethod):
     @classmethod
     def workspace(cls, shapes: tuple[LayerShape, ...], config: ArmorConfig) -> int:
         size = max(s.out_features * s.in_features for s in shapes)
-        return 4 * size * (13 + 12 // min(config.sizes()))  # thirteen matrices, and what is gathered for each tile
+        a, b = config.sizes()
+        tiles = 12 / min(a, b) + 160 / (a * b)  # what is gathered for each tile, its six pairs in float64
+        return int(4 * size * (13 + tiles))
 
     @classmethod
     def flops(cls, shapes: tuple[LayerShape, ...], config: ArmorConfig) -> float:
