@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from compress import load, shipped
 from compress.calibration.data import load_tokenizer
-from compress.calibration.statistics import SecondMoment, SiteStatistics, SquareSum
+from compress.calibration.statistics import Request, SecondMoment, SiteStatistics, SquareSum
 from compress.linalg.quadratic import energy
 from compress.methods.base import Layer, SiteTask
 from compress.methods.prune import Prune, PruneConfig
@@ -94,7 +94,8 @@ def pruned(weight: Tensor, x: Tensor, settings: dict[str, Any]) -> Tensor:
     """The weight that our method leaves, stored in float32."""
     flat = x.flatten(0, 1)
     config = PruneConfig(**settings)
-    values = {SecondMoment(): flat.T @ flat} if config.score == "sparsegpt" else {SquareSum(): flat.square().sum(0)}
+    by_moment = config.score == "sparsegpt"
+    values: dict[Request, Tensor] = {SecondMoment(): flat.T @ flat} if by_moment else {SquareSum(): flat.square().sum(0)}
     task = SiteTask("site", (Layer("layer", weight, None, config, torch.float32),))
     outcome = Prune.compress(task, SiteStatistics(len(flat), values), torch.Generator())
     return outcome["layer"].module.dense(torch.float32)
@@ -150,7 +151,7 @@ def by_wanda(folder: Path, score: str, linears: Inputs, n: int, m: int) -> dict[
             super().__init__()
             self.linears = nn.ModuleList(linear_of(weight) for weight, _ in linears.values())
 
-        def forward(self, index: Tensor, **_: Any) -> tuple[Tensor]:
+        def forward(self, index: Tensor, **unused: Any) -> tuple[Tensor]:
             for linear, (_, x) in zip(self.linears, linears.values(), strict=True):
                 linear(x[int(index)])
             return (index[0],)
@@ -162,8 +163,8 @@ def by_wanda(folder: Path, score: str, linears: Inputs, n: int, m: int) -> dict[
     asked = SimpleNamespace(nsamples=ROWS, seed=0, sparsity_ratio=0.5, use_variant=False)
     with checkout(folder, "lib.prune") as (code,):
         indices = torch.arange(ROWS).unsqueeze(1)
-        code.prepare_calibration_input = lambda *_: (indices, indices.clone(), None, None)
-        work = code.prune_wanda if score == "wanda" else code.prune_magnitude
+        code.prepare_calibration_input = lambda *_: (indices, indices.clone(), None, None)  # type: ignore[attr-defined]
+        work: Any = code.prune_wanda if score == "wanda" else code.prune_magnitude
         with torch.no_grad():
             work(asked, model, None, torch.device("cpu"), m - n, m)
     return {name: linear.weight.detach() for name, linear in zip(linears, block.linears, strict=True)}

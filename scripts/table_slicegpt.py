@@ -104,11 +104,11 @@ def measure(asked: argparse.Namespace, steps: list[dict[str, Any]]) -> Row:
 def equal_ratio(asked: argparse.Namespace, share: float) -> float | None:
     """The largest keep_ratio, to a thousandth, at which low rank takes no more of the model's bytes; None if none does."""
 
-    def excess(thousandths: int) -> float:
+    def too_large(thousandths: int) -> bool:
         planned = plan(recipe_of(asked, [{"svd": {"keep_ratio": thousandths / 1000}}]))
-        return planned.bytes_total_after - share * planned.bytes_total_before
+        return planned.bytes_total_after > share * planned.bytes_total_before
 
-    fitting = bisect_right(range(1, 1000), 0, key=excess)
+    fitting = bisect_right(range(1, 1000), False, key=too_large)
     return fitting / 1000 if fitting else None
 
 
