@@ -95,7 +95,9 @@ def pruned(weight: Tensor, x: Tensor, settings: dict[str, Any]) -> Tensor:
     flat = x.flatten(0, 1)
     config = PruneConfig(**settings)
     by_moment = config.score == "sparsegpt"
-    values: dict[Request, Tensor] = {SecondMoment(): flat.T @ flat} if by_moment else {SquareSum(): flat.square().sum(0)}
+    values: dict[Request, Tensor] = (
+        {SecondMoment(): flat.T @ flat} if by_moment else {SquareSum(): flat.square().sum(0)}
+    )
     task = SiteTask("site", (Layer("layer", weight, None, config, torch.float32),))
     outcome = Prune.compress(task, SiteStatistics(len(flat), values), torch.Generator())
     return outcome["layer"].module.dense(torch.float32)
@@ -167,7 +169,7 @@ def by_wanda(folder: Path, score: str, linears: Inputs, n: int, m: int) -> dict[
         work: Any = code.prune_wanda if score == "wanda" else code.prune_magnitude
         with torch.no_grad():
             work(asked, model, None, torch.device("cpu"), m - n, m)
-    return {name: linear.weight.detach() for name, linear in zip(linears, block.linears, strict=True)}
+    return {name: linear.get_parameter("weight").detach() for name, linear in zip(linears, block.linears, strict=True)}
 
 
 @contextmanager
