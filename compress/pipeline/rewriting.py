@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.description import modules_of, own_config
+from compress.checkpoint.description import FLOATS, modules_of, own_config
 from compress.checkpoint.foreign import translated
 from compress.checkpoint.headers import TensorInfo
 from compress.checkpoint.source import Source
@@ -245,6 +245,25 @@ def open_rewritten(folder: Path, rewrites: Sequence[RewritePlan]) -> CheckpointR
     return reader
 
 
+def recast(reader: CheckpointReader, float_dtype: str) -> CheckpointReader:
+    """The same tensors, floats stored in another dtype. What that cannot hold is a NumericsError where it is read."""
+    from compress.checkpoint.rewritten import RewrittenReader
+
+    others = {name: info for name, info in reader.infos.items() if info.dtype in FLOATS and info.dtype != float_dtype}
+    if not others:
+        return reader
+    tensors: dict[str, Derived | str] = {name: name for name in reader.infos}
+    infos = dict(reader.infos)
+    for name, info in others.items():
+        tensors[name] = Derived(info.shape, (name,), _as_it_is, by_rows=len(info.shape) == 2)
+        infos[name] = replace(info, dtype=float_dtype, offset=0, nbytes=prod(info.shape) * DTYPE_BYTES[float_dtype])
+    return RewrittenReader(reader, infos, tensors, 0)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def open_source(
     plan: Plan,
     rewrites: Sequence[RewritePlan],
@@ -253,7 +272,8 @@ def open_source(
     dtype: torch.dtype,
     device: torch.device,
 ) -> StreamedModel:
-    """The model behind `rewrites`, to be run block by block.
+    """The model behind `rewrites`, to be run block by block, its floats rounded to the dtype in which the result stores them:
+    what is kept runs in the pass as it will once it is written.
 
     Args:
         folder: of the original.
@@ -263,13 +283,15 @@ def open_source(
     from compress.checkpoint.writer import write_json, writing
 
     trusted = plan.recipe.model.trust_remote_code
+    reader = open_rewritten(folder, rewrites)
+    if plan.recipe.model.dtype != "auto":
+        reader = recast(reader, plan.float_dtype)
     if not rewrites:
-        return StreamedModel(folder, dtype, device, trust_remote_code=trusted)
+        return StreamedModel(folder, dtype, device, reader=reader, trust_remote_code=trusted)
     described = work / f"rewritten-{rewrites[-1].number}"
     with writing(described):
         described.mkdir(parents=True, exist_ok=True)
     write_json(described / "config.json", rewrites[-1].after.config)
-    reader = open_rewritten(folder, rewrites)
     return StreamedModel(described, dtype, device, reader=reader, trust_remote_code=trusted)
 
 

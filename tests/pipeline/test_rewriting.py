@@ -321,6 +321,13 @@ def test_bytes_are_planned_where_float_dtypes_are_mixed(source: Path, text: Path
     assert result.plan.bytes_total_after == sum(t.nbytes for t in load_all(tmp_path / "out").values())
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_another_dtype_without_a_rewrite(stored: str, source: Path, text: Path, tmp_path: Path):
+    """Norms and all else that is kept are rounded when they are written: they must run so before."""
+    run(asked(source, text, ROUND, model={"path": str(source), "dtype": stored}), tmp_path / "out")
+    assert {t.dtype for t in load_all(tmp_path / "out").values() if t.is_floating_point()} == {getattr(torch, stored)}
+
+
 def test_what_looks_is_planned_by_the_model_that_it_looks_at(source: Path, text: Path):
     looks = {"drop_blocks": {"n_drop": 1, "score": "taylor", "protect": [0, 0]}}
     alone = plan(asked(source, text, looks))
