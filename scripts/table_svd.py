@@ -46,15 +46,7 @@ LEARNED = {"allocation": "learned", "steps": 32, "learning_rate": 0.01}
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 GPTQ = {"group_size": 32, "clip": "mse"}
 BITS = (4, 3, 2)
-ROUNDED_RATIOS = (
-    0.95,
-    0.9,
-    0.8,
-    0.7778,
-    0.7,
-    0.6,
-    0.5556,
-)  # of the bytes of 4 bits: two of them are those of 3 and 2 bits
+ROUNDED_RATIOS = (0.9, 0.8, 0.7778, 0.5556)  # of the bytes of 4 bits; the last two: those of 3 and of 2 bits
 ROUNDED: dict[str, Settings] = {
     "svd, `uniform`": {"svd": {"refit": 0.5}},
     "svd, `loss`": {"svd": BEST},
