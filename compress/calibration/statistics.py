@@ -171,6 +171,14 @@ class SiteStatistics:
     def __getitem__(self, request: Request) -> Tensor:
         return self.values[request]
 
+    @classmethod
+    def usable(cls, statistics: SiteStatistics | None, where: str) -> SiteStatistics | None:
+        """`statistics`, checked; None where no token was seen. Raises: NumericsError as `require_finite`."""
+        if statistics is None or not statistics.n_tokens:
+            return None
+        statistics.require_finite(where)
+        return statistics
+
     def require_finite(self, where: str) -> None:
         """Raises: NumericsError naming `where` (layers and step) if any value holds NaN or infinity."""
         for request, value in self.values.items():

@@ -114,9 +114,7 @@ class Armor(SiteMethod):
     def compress(
         cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
     ) -> dict[str, Outcome]:
-        known = statistics if statistics is not None and statistics.n_tokens else None
-        if known is not None:
-            known.require_finite(f"{', '.join(layer.name for layer in site.layers)}: armor")
+        known = SiteStatistics.usable(statistics, f"{', '.join(layer.name for layer in site.layers)}: armor")
         return {layer.name: _compress_layer(layer, known, generator, site) for layer in site.layers}
 
 

@@ -14,13 +14,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from compress.calibration.statistics import Request, SiteStatistics
+from compress.errors import RecipeError
 from compress.modules.base import CompressedModule
 from compress.modules.spec import ModuleSpec
 
@@ -29,6 +30,24 @@ class MethodConfig(BaseModel):
     """Settings of a method, as they stand in the recipe. Frozen; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Settings = TypeVar("Settings", bound=MethodConfig)
+
+
+def shared(configs: Mapping[str, Settings], fields: Sequence[str], why: str) -> Settings:
+    """The settings of all layers, which must not differ in `fields`.
+
+    Raises: RecipeError where overrides make them differ; `why` says why they must not, and what to do.
+    """
+    first_name, first = next(iter(configs.items()))
+    for name, config in configs.items():
+        for each in fields:
+            if getattr(config, each) != getattr(first, each):
+                raise RecipeError(
+                    f"{each} is {getattr(config, each)} for {name} and {getattr(first, each)} for {first_name}, but {why}"
+                )
+    return first
 
 
 @dataclass(frozen=True)

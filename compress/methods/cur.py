@@ -201,9 +201,7 @@ class CUR(SiteMethod):
     def compress(
         cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
     ) -> dict[str, Outcome]:
-        known = statistics if statistics is not None and statistics.n_tokens else None
-        if known is not None:
-            known.require_finite(f"{', '.join(layer.name for layer in site.layers)}: cur")
+        known = SiteStatistics.usable(statistics, f"{', '.join(layer.name for layer in site.layers)}: cur")
         roots: list[Tensor] = []  # S, once for the layers of the site
         return {layer.name: _compress_layer(layer, known, roots) for layer in site.layers}
 

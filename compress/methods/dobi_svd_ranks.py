@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from compress.errors import NumericsError, RecipeError
+from compress.errors import NumericsError, naming
 from compress.linalg.ranks import proportional, spend
 from compress.linalg.svd_gradient import truncate
-from compress.methods.base import Kept, LayerShape, View
+from compress.methods.base import Kept, LayerShape, View, shared
 from compress.methods.dobi_svd import DobiSVDConfig, budget_of, dense_bytes, rank_bytes
 from compress.methods.whole_model import next_token_loss, run_again, run_once
 
@@ -153,19 +153,9 @@ def _better(view: View, learner: Learner, uniform: list[int | None], learned: li
 
 
 def _common(configs: Mapping[str, DobiSVDConfig]) -> DobiSVDConfig:
-    """The settings that all layers share.
-
-    Raises: RecipeError where overrides make them differ.
-    """
-    first_name, first = next(iter(configs.items()))
-    for name, config in configs.items():
-        for field in COMMON:
-            if getattr(config, field) != getattr(first, field):
-                raise RecipeError(
-                    f"dobi_svd: {field} is {getattr(config, field)} for {name} and {getattr(first, field)} for {first_name}, but "
-                    f"ranks are learned together; override keep_ratio, remap, rank or update only"
-                )
-    return first
+    why = "ranks are learned together; override keep_ratio, remap, rank or update only"
+    with naming("dobi_svd"):
+        return shared(configs, COMMON, why)
 
 
 class TruncatedLinear(nn.Module):

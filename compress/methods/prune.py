@@ -200,9 +200,7 @@ class Prune(SiteMethod):
     def compress(
         cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
     ) -> dict[str, Outcome]:
-        known = statistics if statistics is not None and statistics.n_tokens else None
-        if known is not None:
-            known.require_finite(f"{', '.join(layer.name for layer in site.layers)}: prune")
+        known = SiteStatistics.usable(statistics, f"{', '.join(layer.name for layer in site.layers)}: prune")
         factors: dict[object, _Factor] = {}
         outcomes = {}
         for layer in site.layers:

@@ -37,7 +37,7 @@ from compress.errors import NumericsError, RecipeError
 from compress.linalg.low_rank import directions, spectrum
 from compress.linalg.quadratic import row_energy
 from compress.linalg.ranks import Array, Candidate, Rule, candidate, lorap_ranks, proportional, spend, uniform_rank
-from compress.methods.base import Extent, Kept, Layer, LayerShape, Sizes, View
+from compress.methods.base import Extent, Kept, Layer, LayerShape, Sizes, View, shared
 from compress.methods.dobi_svd import DobiSVD, DobiSVDConfig
 from compress.methods.dobi_svd_ranks import Costs, learned_ranks
 from compress.methods.rtn import check_weight
@@ -140,16 +140,7 @@ def budget_of(offers: Mapping[str, Offer]) -> int:
 
 
 def _common(configs: Mapping[str, SVDConfig]) -> SVDConfig:
-    """The settings that all layers share. Raises: RecipeError where overrides make them differ."""
-    first_name, first = next(iter(configs.items()))
-    for name, config in configs.items():
-        for field in COMMON:
-            if getattr(config, field) != getattr(first, field):
-                raise RecipeError(
-                    f"{field} is {getattr(config, field)} for {name} and {getattr(first, field)} for {first_name}, but one "
-                    f"budget is spent by one rule; use two steps, or override other settings only"
-                )
-    return first
+    return shared(configs, COMMON, "one budget is spent by one rule; use two steps, or override other settings only")
 
 
 def _spend(offers: Mapping[str, Offer], candidates: Sequence[Candidate], budget: int | None = None) -> Ranks:

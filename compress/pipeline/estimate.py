@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.description import modules_of
+from compress.checkpoint.headers import TensorInfo
 from compress.checkpoint.names import owner
 from compress.checkpoint.source import SHIPPED
 from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
 from compress.models.derived import Derived
 from compress.models.families import architecture_of
-from compress.modules.spec import DTYPE_BYTES
+from compress.modules.spec import DTYPE_BYTES, ModuleSpec
 from compress.shipped import heldout_text_path
 
 if TYPE_CHECKING:
@@ -59,18 +62,23 @@ def _calibration_tokens(plan: Plan) -> int:
 
 def _block_parameters(plan: Plan) -> list[int]:
     """Stored elements of each block; packed words count as the weights that they hold."""
+    return _elements(plan.architecture.blocks, plan.source.infos, plan.source_specs)
+
+
+def _elements(blocks: Sequence[str], infos: Mapping[str, TensorInfo], specs: Mapping[str, ModuleSpec]) -> list[int]:
     counts = []
-    for prefix in plan.architecture.blocks:
+    for prefix in blocks:
         inside = prefix + "."
-        counts.append(
-            sum(
-                prod(info.shape)
-                for name, info in plan.source.infos.items()
-                if name.startswith(inside) and owner(name, plan.source_specs) is None
-            )
-            + sum(s.in_features * s.out_features for name, s in plan.source_specs.items() if name.startswith(inside))
-        )
+        plain = (info for name, info in infos.items() if name.startswith(inside) and owner(name, specs) is None)
+        packed = (spec for name, spec in specs.items() if name.startswith(inside))
+        counts.append(sum(prod(i.shape) for i in plain) + sum(s.in_features * s.out_features for s in packed))
     return counts
+
+
+def _parameters_before(step: RewritePlan) -> list[int]:
+    """`_block_parameters` of the model as a rewriting step finds it."""
+    config, infos = step.before.config, step.before.infos
+    return _elements(architecture_of(config, infos.keys()).blocks, infos, modules_of(config, infos))
 
 
 def _block_bytes(plan: Plan) -> int:
@@ -140,9 +148,8 @@ def _extent(plan: Plan, tokens: int, shapes: tuple[LayerShape, ...]) -> Extent:
 def _extent_before(plan: Plan, step: RewritePlan, tokens: int) -> Extent:
     """Of the model as a rewriting step finds it."""
     extent = _extent(plan, tokens, ())
-    n_blocks = len(architecture_of(step.before.config, step.before.infos.keys()).blocks)
     n_weights = sum(prod(info.shape) for info in step.before.infos.values())
-    return replace(extent, n_weights=n_weights, n_blocks=n_blocks)
+    return replace(extent, n_weights=n_weights, n_blocks=len(_parameters_before(step)))
 
 
 def _looking_bytes(plan: Plan, tokens: int) -> int:
@@ -151,17 +158,8 @@ def _looking_bytes(plan: Plan, tokens: int) -> int:
     if not observing:
         return 0
     own = max(step.method.observation_bytes(_extent_before(plan, step, tokens), step.config) for step in observing)
-    block = max(size // info_bytes for size, info_bytes in map(_largest_block, observing)) * COMPUTE_BYTES
+    block = max(max(_parameters_before(step)) for step in observing) * COMPUTE_BYTES
     return max(block, _block_bytes(plan)) + _activation_bytes(plan, tokens) + own + _making_bytes(plan)
-
-
-def _largest_block(step: RewritePlan) -> tuple[int, int]:
-    """Bytes of the largest block before the step, and of one of its numbers."""
-    blocks = architecture_of(step.before.config, step.before.infos.keys()).blocks
-    infos = step.before.infos
-    sizes = [sum(i.nbytes for name, i in infos.items() if name.startswith(f"{prefix}.")) for prefix in blocks]
-    some = next(iter(infos.values()))
-    return max(sizes), DTYPE_BYTES[some.dtype]
 
 
 def _making_bytes(plan: Plan) -> int:
@@ -171,7 +169,7 @@ def _making_bytes(plan: Plan) -> int:
         made = [t for t in step.tensors.values() if isinstance(t, Derived)]
         if not made:
             continue
-        total += _largest_block(step)[0]
+        total += max(_parameters_before(step)) * DTYPE_BYTES[plan.float_dtype]
         whole = max((prod(t.shape) for t in made if not t.by_rows), default=0)
         square = plan.architecture.hidden_size**2
         total += 8 * (MAKING_COPIES * whole + square)

@@ -26,7 +26,6 @@ from compress.errors import CheckpointError, RecipeError
 from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
 from compress.methods.rewrite import LoadedBlock, ModelView
 from compress.models.branches import Branches, named_arguments
-from compress.models.experts import unfuse_experts
 from compress.models.families import module_name
 from compress.pipeline.memory import Memory, tracked
 from compress.pipeline.meter import release_free_memory
@@ -151,16 +150,7 @@ class StreamedView(ModelView):
         return torch.cat(parts).view(n_rows, n_targets).sum(-1) / max(n_targets, 1)
 
     def model(self) -> nn.Module:
-        from compress.checkpoint.load import load
-
-        if self._before:
-            return whole_model(self._plan, self._before, self._looking.source, self._looking.work, self._model.device)
-        trusted = self._plan.recipe.model.trust_remote_code
-        model = load(
-            self._looking.source, dtype=torch.float32, device=str(self._model.device), trust_remote_code=trusted
-        )
-        unfuse_experts(model, self._model.architecture)
-        return model.requires_grad_(False)
+        return whole_model(self._plan, self._before, self._looking.source, self._looking.work, self._model.device)
 
     def module(self, model: nn.Module, name: str) -> nn.Module:
         try:

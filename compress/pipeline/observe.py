@@ -22,7 +22,6 @@ from compress.calibration.store import HiddenStates, ReadOnly
 from compress.errors import RecipeError
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, SiteTask, View
 from compress.models.architecture import Site
-from compress.models.experts import unfuse_experts
 from compress.models.families import module_name
 from compress.pipeline.memory import Memory, tracked
 from compress.pipeline.output import OBSERVED
@@ -196,14 +195,7 @@ class StageView(View):
         return torch.cat([hidden[batch][:, -1].float() for batch in range(len(hidden))])
 
     def model(self) -> nn.Module:
-        from compress.checkpoint.load import load
-
-        if self._plan.rewrites:
-            return whole_model(self._plan, self._plan.rewrites, self._source, self._stage.scratch, self._stage.device)
-        trusted = self._plan.recipe.model.trust_remote_code
-        model = load(self._source, dtype=torch.float32, device=str(self._stage.device), trust_remote_code=trusted)
-        unfuse_experts(model, self._plan.architecture)
-        return model.requires_grad_(False)
+        return whole_model(self._plan, self._plan.rewrites, self._source, self._stage.scratch, self._stage.device)
 
     def place(self, model: nn.Module, name: str) -> tuple[nn.Module, str]:
         parent, _, attribute = module_name(self._plan.architecture, name).rpartition(".")

@@ -298,9 +298,18 @@ def open_source(
 def whole_model(
     plan: Plan, rewrites: Sequence[RewritePlan], folder: Path, work: Path, device: torch.device
 ) -> torch.nn.Module:
-    """The model behind `rewrites`, whole and in float32, no parameter of which requires a gradient."""
+    """The model behind `rewrites`, whole and in float32, experts unfused, no parameter of which requires a gradient."""
     import torch
 
+    from compress.checkpoint.load import load
+    from compress.models.experts import unfuse_experts
+
+    if not rewrites:
+        trusted = plan.recipe.model.trust_remote_code
+        model = load(folder, dtype=torch.float32, device=str(device), trust_remote_code=trusted)
+        original = plan.original
+        unfuse_experts(model, architecture_of(original.config, original.infos.keys()))
+        return model.requires_grad_(False)
     streamed = open_source(plan, rewrites, folder, work, torch.float32, device)
     try:
         return streamed.whole()

@@ -82,9 +82,9 @@ def recipe(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(tmp_path: Path, text: Path) -> Callable[..., Path]:
     """`make(step, ..., output={...})`: a recipe file for a tiny model with these steps."""
-    source = save_tiny("llama_gqa_tied", tmp_path / "source")
 
-    def write(*steps: dict[str, Any], **fields: Any) -> Path:
+    def write(*steps: dict[str, Any], family: str = "llama_gqa_tied", **fields: Any) -> Path:
+        source = save_tiny(family, tmp_path / "source")
         calibration = {"data": str(text), "samples": 6, "length": 48}
         file = tmp_path / "recipe.yaml"
         file.write_text(

@@ -7,27 +7,6 @@ import re
 
 import pytest
 
-from tests.tiny_models import save_tiny
-
-
-@pytest.fixture
-def make(tmp_path, text):
-    """A recipe file for a tiny model with the steps given."""
-    source = save_tiny("llama_gqa_tied", tmp_path / "source")
-
-    def write(*steps, **fields):
-        recipe = {
-            "model": str(source),
-            "calibration": {"data": str(text), "samples": 6, "length": 48},
-            "steps": list(steps),
-            **fields,
-        }
-        file = tmp_path / "recipe.yaml"
-        file.write_text(json.dumps(recipe))  # JSON is YAML
-        return file
-
-    return write
-
 
 def test_the_plan_knows_the_bytes_before_anything_is_chosen(make, compress):
     recipe = make({"drop_blocks": {"n_drop": 1}}, {"rtn": {"bits": 8, "group_size": 32}})

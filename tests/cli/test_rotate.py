@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
-from tests.tiny_models import save_tiny
-
 
 @pytest.fixture
-def make(tmp_path, text):
-    """A recipe file for a tiny model with the steps given."""
-
-    def write(*steps, family="llama", **fields):
-        recipe = {
-            "model": str(save_tiny(family, tmp_path / family)),
-            "calibration": {"data": str(text), "samples": 6, "length": 48},
-            "steps": list(steps),
-            "evaluation": False,
-            **fields,
-        }
-        file = tmp_path / "recipe.yaml"
-        file.write_text(json.dumps(recipe))  # JSON is YAML
-        return file
-
-    return write
+def make(make):
+    return partial(make, family="llama", evaluation=False)
 
 
 def test_plan_says_what_is_rotated_and_what_it_costs(make, compress):

@@ -17,12 +17,13 @@ from torch.nn import functional
 
 from compress.checkpoint.load import load
 from compress.checkpoint.stream import StreamedModel
-from compress.errors import RecipeError
+from compress.errors import CheckpointError, RecipeError
 from compress.methods.base import Extent
 from compress.methods.drop_blocks import DropBlocks, DropBlocksConfig
 from compress.methods.rewrite import Found, ModelShape
 from compress.models.families import architecture_of, changed_config
 from compress.pipeline.model_view import StreamedView
+from compress.pipeline.plan import plan
 from compress.pipeline.progress import Silent
 from compress.pipeline.run import Machine, run
 from tests.runs import fingerprints, recipe_for
@@ -124,8 +125,19 @@ def test_a_block_that_would_change_by_moving_is_not_moved(tmp_path: Path, text: 
     source = save_tiny("gpt2", tmp_path / "source", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(RecipeError, match="scale_attn_by_inverse_layer_idx.*only the last blocks"):
         drop(source, tmp_path / "out", text, blocks=[0])
+    with pytest.raises(RecipeError, match="scale_attn_by_inverse_layer_idx"):  # before anything is looked at
+        plan(recipe_for(source, [{"drop_blocks": {"n_drop": 1}}], text))
     drop(source, tmp_path / "out", text, blocks=[2])
     check_equal(source, tmp_path / "out", (2,))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("layer_types", 5), ("layer_types", ["full_attention"]), ("max_window_layers", "x")]
+)
+def test_settings_by_block_that_do_not_fit_are_named(key: str, value: Any):
+    config = {"model_type": "qwen2", "num_hidden_layers": 4, key: value}
+    with pytest.raises(CheckpointError, match=rf"config.json: {key}="):
+        changed_config(config, architecture_of(config), blocks=[0, 1], untied=False)
 
 
 def test_both_names_of_the_number_of_blocks_change():
@@ -437,6 +449,7 @@ def test_too_many_are_refused_with_a_number_that_works(settings: dict[str, Any],
         ({"blocks": [1], "score": "taylor"}, "leaves no choice"),
         ({"n_drop": 1, "selection": "contiguous"}, "needs score=angular_distance"),
         ({"n_drop": 1, "selection": "iterative", "score": "magnitude"}, "stay the same when blocks go"),
+        ({"n_drop": 1, "score": "magnitude", "rows": 3}, "rows=3: score=magnitude looks at weights only"),
         ({"n_drop": 1, "protect": [-1, 0]}, r"protect=\[-1, 0\]"),
     ],
 )

@@ -20,9 +20,10 @@ import compress
 from compress.calibration.data import load_tokenizer, load_tokens
 from compress.checkpoint.source import find_source
 from compress.checkpoint.stream import StreamedModel
-from compress.errors import CheckpointError, RecipeError
+from compress.errors import CheckpointError, NumericsError, RecipeError
 from compress.linalg.grid import GridRule, fit_grid
 from compress.linalg.rotation import DenseRotation, MeanKeeping
+from compress.methods import rotate_learning
 from compress.methods.rewrite import Found
 from compress.methods.rotate import Rotate, RotateConfig, Rotations
 from compress.methods.rotate_learning import RoundedModel, rounded
@@ -333,6 +334,13 @@ def loss_of(model: Any, folder: Path, recipe: Any) -> float:
         total += float(cross_entropy(found, row[1:], reduction="sum"))
         count += len(row) - 1
     return total / count
+
+
+def test_a_loss_that_is_no_number_chooses_nothing(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(rotate_learning, "next_token_loss", lambda *_: torch.tensor(math.nan))
+    recipe = recipe_for(tiny("llama"), [{"rotate": {"candidates": 2, "group_size": 16}}], text, evaluation=False)
+    with pytest.raises(NumericsError, match="loss of the calibration rows is not a number"):
+        run(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["llama_gqa_tied", "gemma", "gpt2", "gpt_neox", "phi3", "mixtral"])

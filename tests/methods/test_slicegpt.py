@@ -411,6 +411,8 @@ def test_resumed_after_a_kill_it_gives_the_same_bytes(phase, after, sliced, tiny
 @pytest.mark.parametrize(("settings", "said"), [
     ({"sparsity": 1.0}, "less than 1"),
     ({"sparsity": 0.95}, "leaves 3 of 64 entries, fewer than round_to=8; slice less"),
+    ({"sparsity": 0.9, "keep_ratio": 0.9}, "sparsity and keep_ratio are two ways"),
+    ({"keep_ratio": 0.9, "round_to": 128}, "round_to=128: is more than the 64 entries"),
     ({"keep_ratio": 0.1}, "no width fits; 8 entries already take 0.275"),
     ({"sparsity": 0.2, "orientation": "pcaa"}, "orientation"),
     ({"width": 48}, "width"),
@@ -419,6 +421,14 @@ def test_settings_that_cannot_be(settings, said, tiny, text):
     with pytest.raises(RecipeError) as caught:
         plan(recipe_for(tiny("llama"), [{"slicegpt": settings}], text))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keep_ratio_is_of_bytes(dtype, tiny, text):
+    model = {"path": str(tiny("llama")), "dtype": dtype}
+    made = plan(recipe_for(tiny("llama"), [{"slicegpt": {"keep_ratio": 0.8}}], text, model=model))
+    wider = made.architecture.structure.width == 64  # in half the bytes all of it fits
+    assert made.bytes_total_after <= 0.8 * made.bytes_total_before and wider == (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("format_", ["dense", "compressed-tensors", "gptq", "awq"])
