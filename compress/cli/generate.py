@@ -164,12 +164,27 @@ def _streamer(tokenizer: Any, skip_prompt: bool) -> Any:
 
 
 def _generate(model: Any, ids: Any, n_new: int, temperature: float, streamer: Any) -> Any:
+    """Token ids of prompt and answer [1, tokens]. By our own loop, or transformers' where that does more."""
     import torch
 
-    with torch.inference_mode():
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, streamer=streamer, **sampling(temperature)
-        )
+    from compress.runtime.decode import chooser, decode, end_tokens, obstacle
+
+    if obstacle(model) is not None:
+        with torch.inference_mode():
+            return model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=n_new,
+                streamer=streamer,
+                **sampling(temperature),
+            )
+    if streamer is not None:
+        streamer.put(ids.cpu())
+    on_token = None if streamer is None else lambda token: streamer.put(token.cpu())
+    made = decode(model, ids, n_new, chooser(model, temperature), ends=end_tokens(model), on_token=on_token)
+    if streamer is not None:
+        streamer.end()
+    return made
 
 
 def sampling(temperature: float) -> dict[str, Any]:
