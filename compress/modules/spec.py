@@ -61,6 +61,21 @@ class ModuleSpec(ABC):
         assert name == "", name
         return spec
 
+    @property
+    def n_levels(self) -> int:
+        """How many levels the module is stored in: any number of the first ones makes a module that runs. Usually one."""
+        return 1
+
+    def first(self, n_levels: int) -> ModuleSpec:
+        """The module of the first `n_levels` levels only."""
+        assert n_levels == self.n_levels, n_levels
+        return self
+
+    def level(self, number: int, float_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors that level `number` adds to those before it (from 0), in the order in which they are stored."""
+        before = self.first(number).tensors(float_dtype) if number else {}
+        return {key: value for key, value in self.first(number + 1).tensors(float_dtype).items() if key not in before}
+
     def nbytes(self, float_dtype: str) -> int:
         """Bytes of the stored tensors, without the bias."""
         return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.tensors(float_dtype).values())
@@ -86,6 +101,7 @@ SPECS = {  # representation -> where its spec lives
     "sparse": "compress.modules.sparse_spec:SparseSpec",
     "armor": "compress.modules.armor_spec:ArmorSpec",
     "remapped_low_rank": "compress.modules.remapped_spec:RemappedSpec",
+    "bitstack": "compress.modules.bitstack_spec:BitStackSpec",
 }
 ENTRY_POINTS = "compress.representations"
 
