@@ -103,8 +103,27 @@ def modules_of(config: Mapping[str, Any], infos: Mapping[str, TensorInfo] | None
             f"use the original model, or one in the formats {STANDARD} (pack-quantized), {', '.join(FOREIGN)} or {OWN}"
         )
     if infos is not None:
+        specs = {name: _stored_levels(name, spec, infos) for name, spec in specs.items()}
         check_tensors(specs, infos)
     return specs
+
+
+def _stored_levels(name: str, spec: ModuleSpec, infos: Mapping[str, TensorInfo]) -> ModuleSpec:
+    """The module of the first levels that are there; of a stack, a part may be loaded, or may be all that there is.
+
+    Raises: CheckpointError naming a tensor of a later level that is stored although one before it is not.
+    """
+    if spec.n_levels == 1:
+        return spec
+    whole = [all(f"{name}.{key}" in infos for key in spec.level(i, "F32")) for i in range(spec.n_levels)]
+    n_levels = whole.index(False) if False in whole else len(whole)
+    for level in range(max(n_levels, 1), spec.n_levels):
+        for suffix in spec.level(level, "F32"):
+            if f"{name}.{suffix}" in infos:
+                raise CheckpointError(
+                    f"{name}.{suffix}: is stored, and not all of what comes before it; the checkpoint is damaged: fetch it again"
+                )
+    return spec.first(max(n_levels, 1))
 
 
 def check_tensors(specs: Mapping[str, ModuleSpec], infos: Mapping[str, TensorInfo]) -> None:

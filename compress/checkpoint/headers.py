@@ -12,9 +12,13 @@ import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.errors import CheckpointError
 from compress.modules.spec import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from compress.checkpoint.budget import Budget
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_NAME = 500  # characters
@@ -159,7 +163,7 @@ def sampled_digest(folder: Path) -> str:
     Some milliseconds a file, whatever its size. Raises: CheckpointError naming a file that cannot be read.
     """
     digest = hashlib.sha256()
-    for file in weight_files(folder):
+    for file in [*weight_files(folder), *sorted(folder.glob("stack-*.safetensors"))]:
         try:
             size = os.path.getsize(file)
             digest.update(f"{file.name} {size}".encode())
@@ -180,12 +184,21 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint folder, name -> where it lies.
+def read_headers(folder: Path, budget: Budget | None = None) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint folder, name -> where it lies. Of a stack: what of it is there, or fits `budget`.
 
     Raises: CheckpointError naming file (and tensor) if a shard is missing, truncated or damaged, or the index names a
     tensor that no shard holds.
     """
+    infos = read_base_headers(folder)
+    from compress.checkpoint.stack import stack_of
+
+    stack = stack_of(folder, infos, budget)
+    return infos if stack is None else {**infos, **stack.infos(stack.prefix_for(budget))}
+
+
+def read_base_headers(folder: Path) -> dict[str, TensorInfo]:
+    """`read_headers`, less the stack: what the index names."""
     infos: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
         for name, info in read_header(file).items():

@@ -13,10 +13,13 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoint.budget import Budget
 from compress.checkpoint.headers import MAX_HEADER_BYTES, OWN_STEM, STANDARD_STEM, TensorInfo, parse_header, read_json
+from compress.checkpoint.stack import STACK, StackTable, no_stack, parse_table
 from compress.errors import CheckpointError
 
 FIRST_BYTES = 100_000  # the header of most shards, in one request
@@ -44,12 +47,27 @@ class HubModel:
         return read_json(self._small("config.json"))
 
     def headers(self) -> dict[str, TensorInfo]:
-        """Every tensor, by the headers of the weight files."""
+        """Every tensor, by the headers of the weight files; those of a stack by its table."""
+        infos = self._base_headers()
+        stack = self._stack(infos)
+        return infos if stack is None else {**infos, **stack.infos(len(stack.entries))}
+
+    def _base_headers(self) -> dict[str, TensorInfo]:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             infos: dict[str, TensorInfo] = {}
             for found in pool.map(self._header, self.weight_files()):
                 infos.update(found)
         return infos
+
+    def _stack(self, infos: Mapping[str, TensorInfo]) -> StackTable | None:
+        """What the Hub has of a stack, by its table; no file of it need be here."""
+        from compress.checkpoint.description import modules_of
+
+        if STACK not in self.sizes:
+            return None
+        file = self._small(STACK)
+        nbytes = sum(info.nbytes for info in infos.values())
+        return parse_table(file.parent, read_json(file), modules_of(self.config()), nbytes)
 
     def weight_files(self) -> list[str]:
         """The weight files, by index or by name. Raises: CheckpointError if there are none that we read."""
@@ -69,25 +87,34 @@ class HubModel:
             f"{self.repo}: the Hub has no safetensors weights for it; choose a repository with safetensors"
         )
 
-    def wanted(self) -> list[str]:
-        """The files that make up the checkpoint: weights that its index names, and what belongs beside them."""
+    def wanted(self, budget: Budget | None = None) -> list[str]:
+        """The files that make up the checkpoint: weights that its index names, and what belongs beside them; of a stack, the
+        files that hold what fits `budget`, as far as the Hub has them.
+
+        Raises: CheckpointError if not even the smallest model fits, or with a `budget`, if there is no stack.
+        """
+        stack = self._stack(self._base_headers()) if STACK in self.sizes else None
+        if stack is None and budget is not None:
+            raise no_stack(self.repo)
+        stacked = [] if stack is None else stack.files_for(stack.fits(budget))
+        stacked = list(takewhile(lambda name: name in self.sizes, stacked))
         beside = [
             name
             for name in self.sizes
             if ("/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in BESIDE))
             or fnmatch.fnmatch(name, TEMPLATES)
         ]
-        return sorted({*self.weight_files(), *beside})
+        return sorted({*self.weight_files(), *beside, *stacked})
 
-    def fetch(self, note: Callable[[str], None] | None = None) -> Path:
-        """The local folder with all files. What is in the cache already is not fetched again.
+    def fetch(self, note: Callable[[str], None] | None = None, budget: Budget | None = None) -> Path:
+        """The local folder with all files; of a stack, those that `budget` needs. What is in the cache is not fetched again.
 
         Raises: CheckpointError if the disk has no room for the rest, or the Hub does not give it.
         """
         from huggingface_hub import snapshot_download
 
         with HubErrors(self.repo, "what has arrived is kept: give the same command again"):
-            names = self.wanted()
+            names = self.wanted(budget)
             self._check_room(names, note)
             folder = Path(
                 snapshot_download(self.repo, revision=self.revision, allow_patterns=[glob.escape(n) for n in names])
@@ -138,6 +165,24 @@ class HubModel:
         )
         hf_raise_for_status(response)
         return bytes(response.content[:n_bytes])
+
+
+def fetch_file(repo: str, commit: str, name: str) -> bool:
+    """Bring one file into the Hub's cache; False if the Hub has none of that name.
+
+    Raises: CheckpointError saying what keeps it from us.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with HubErrors(repo, "what has arrived is kept: load it again"):
+        try:
+            hf_hub_download(repo, name, revision=commit)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return False
+    return True
 
 
 def find_on_hub(repo: str, revision: str | None) -> HubModel | Path:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.budget import Budget, parse_budget
 from compress.checkpoint.description import GUARD, OWN, STANDARD, modules_of
 from compress.checkpoint.foreign import FOREIGN
-from compress.checkpoint.headers import TensorInfo, read_headers, read_json
+from compress.checkpoint.headers import TensorInfo, read_base_headers, read_json
 from compress.checkpoint.seal import check_all
 from compress.checkpoint.source import SHIPPED, find_source
+from compress.checkpoint.stack import no_stack
 from compress.errors import CheckpointError
 from compress.models.families import is_ignored
 
@@ -31,6 +33,7 @@ def load(
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    memory_budget: Budget | str | int | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model to run, compressed or not.
 
@@ -41,6 +44,8 @@ def load(
         device_map: instead of `device`: "auto", or modules to devices, as in transformers.
         revision: a branch, tag or commit on the Hub.
         attn_implementation: "sdpa", "eager", …, as in transformers.
+        memory_budget: of a stack (bitstack), load as much as fits: "4.2GiB" of all tensors, or "2.5bits" per weight of its
+            stacked layers. The model has `stack` then, which knows what is loaded. By default, all.
 
     Returns: a model in eval mode. `save_pretrained` writes the format that it was loaded from; of GPTQ and AWQ, which are
         brought into our order of codes, compressed-tensors where that can hold them, else our own.
@@ -53,8 +58,9 @@ def load(
     install()
     if device is not None and device_map is not None:
         raise CheckpointError(f"device={device} and device_map={device_map!r}: choose one")
-    folder = _folder(path, revision)
-    infos = read_headers(folder)
+    budget = None if memory_budget is None else parse_budget(memory_budget)
+    folder = _folder(path, revision, budget)
+    infos = read_base_headers(folder)
     check_all(folder, infos)
     raw = read_json(folder / "config.json")
     specs = modules_of(raw, infos)
@@ -73,12 +79,16 @@ def load(
         config.quantization_config = {"quant_method": OWN, "standard": _quantization(raw)}
     if specs and _method(raw) in FOREIGN:
         config.quantization_config = {"quant_method": OWN, "foreign": _quantization(raw)}
+    if budget is not None:
+        if _method(raw) != OWN:
+            raise no_stack(folder)
+        config.quantization_config = {**_quantization(raw), "memory_budget": budget.text}
     model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
     _check_loaded(folder, info, infos)
     return model
 
 
-def _folder(path: str | Path, revision: str | None) -> Path:
+def _folder(path: str | Path, revision: str | None, budget: Budget | None = None) -> Path:
     if path == SHIPPED:
         from compress.shipped import model_path
 
@@ -89,7 +99,7 @@ def _folder(path: str | Path, revision: str | None) -> Path:
     name = str(path)
     if folder.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{path}: no such model folder (and no Hub id, which has the form owner/name)")
-    return find_source(name, revision).fetch()
+    return find_source(name, revision).fetch(budget=budget)
 
 
 def _quantization(raw: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compress.checkpoint.budget import parse_budget
 from compress.checkpoint.description import (
     GUARD,
     OWN,
@@ -32,6 +34,8 @@ from compress.checkpoint.description import (
 from compress.checkpoint.foreign import Layout, Translated, translated
 from compress.checkpoint.headers import TensorInfo, read_header
 from compress.checkpoint.saving import guard_saving
+from compress.checkpoint.stack import StackTable, no_stack, open_stack
+from compress.checkpoint.stacked import fetch_stack, load_stack, loaded_bytes
 from compress.checkpoint.translate import Untranslated
 from compress.errors import CheckpointError, RecipeError
 from compress.models.architecture import Architecture
@@ -62,7 +66,12 @@ class CompressConfig(QuantizationConfigMixin):
         return self.fields.get("standard")
 
     def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.standard or self.fields.get("foreign") or self.fields)
+        return copy.deepcopy(self.standard or self.fields.get("foreign") or self._own)
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """Less what is of one loading only."""
+        return {key: value for key, value in self.fields.items() if key != "memory_budget"}
 
 
 class CompressQuantizer(HfQuantizer):
@@ -74,6 +83,9 @@ class CompressQuantizer(HfQuantizer):
     unfused = False
     wrapped: tuple[str, ...] = ()  # linears of a block whose input is transformed first
     complete = True  # the head is there: what is saved can be loaded again
+    stack: StackTable | None = None  # of what is loaded behind the index's tensors …
+    n_entries = 0  # … so many entries
+    places: Mapping[str, str] = {}  # name of a compressed module on disk -> in the module tree
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Point transformers to the weights; it calls this before it looks for them."""
@@ -89,6 +101,7 @@ class CompressQuantizer(HfQuantizer):
         infos = translated(config, stored)
         specs = modules_of(config, infos)
         layouts = infos.layouts if isinstance(infos, Translated) else {}
+        self._open_stack(config, stored, dtype, checkpoint_files)
         architecture = _architecture(config, infos)
         if architecture is not None:
             of_experts = {n for site in architecture.all_sites() if site.expert is not None for n in site.linears}
@@ -100,8 +113,10 @@ class CompressQuantizer(HfQuantizer):
             restructure(model, architecture, cut)
             self.wrapped = tuple(wrapped_linears(architecture))
         self.complete = not cut
+        names = {name: module_name(architecture, name) if architecture is not None else name for name in specs}
+        self.places = {name: inner.removeprefix(cut) for name, inner in names.items() if inner.startswith(cut)}
         for name, spec in specs.items():
-            inner = module_name(architecture, name) if architecture is not None else name
+            inner = names[name]
             if inner.startswith(cut):
                 _replace(
                     model, inner.removeprefix(cut), name, spec, dtype or torch.get_default_dtype(), layouts.get(name)
@@ -119,6 +134,38 @@ class CompressQuantizer(HfQuantizer):
             *(f"^{re.escape(marker)}$" for marker in _markers(model)),
         }
 
+    def _open_stack(
+        self,
+        config: Mapping[str, Any],
+        stored: Mapping[str, TensorInfo],
+        dtype: torch.dtype | None,
+        files: list[str] | None,
+    ) -> None:
+        """How much of the stack is to be loaded behind what the index names.
+
+        Raises: CheckpointError if not even that fits the budget, or there is no stack.
+        """
+        wanted = self.quantization_config.fields.get("memory_budget")
+        budget = None if wanted is None else parse_budget(wanted)
+        assert files
+        folder = Path(files[0]).parent
+        specs = modules_of(config)
+        fetch_stack(folder, specs, stored, budget)
+        self.stack = open_stack(folder, specs, loaded_bytes(stored, specs, dtype))
+        if self.stack is not None:
+            self.n_entries = self.stack.prefix_for(budget)
+            if self.n_entries < self.stack.fits(budget):
+                warnings.warn(self.stack.loss or "", stacklevel=2)
+        elif budget is not None:
+            raise no_stack(folder)
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        """Room is left on each device for the part of the stack that comes later."""
+        if self.stack is None:
+            return max_memory
+        share = self.stack.minimum / self.stack.nbytes(self.n_entries)
+        return {key: int(value * share) if isinstance(value, int) else value for key, value in max_memory.items()}
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in list(model.named_modules()):
             if isinstance(module, Untranslated):
@@ -126,6 +173,8 @@ class CompressQuantizer(HfQuantizer):
             if isinstance(module, CompressedModule):
                 _check_shape(name, module)
                 module.check_stored(name)
+        if self.stack is not None:
+            load_stack(model, self.stack, self.n_entries, self.places)
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
         if self.quantization_config.standard is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.checkpoint.budget import Budget
 from compress.checkpoint.headers import TensorInfo, read_headers
 from compress.checkpoint.seal import Checksum, read_seal
 from compress.errors import CheckpointError
@@ -33,10 +34,17 @@ class CheckpointReader:
     Where the folder carries checksums (`seal.py`), each tensor is held to its own when it is first read.
     """
 
-    def __init__(self, folder: Path | str, infos: dict[str, TensorInfo] | None = None, sealed: bool | None = None):
-        """`infos` replaces the folder's own headers, for a folder that is still being written: `sealed` is then False."""
+    def __init__(
+        self,
+        folder: Path | str,
+        infos: dict[str, TensorInfo] | None = None,
+        sealed: bool | None = None,
+        budget: Budget | None = None,
+    ):
+        """`infos` replaces the folder's own headers, for a folder that is still being written: `sealed` is then False.
+        `budget`: how much of a stack is to be there; by default all."""
         self.folder = Path(folder)
-        self.infos = read_headers(self.folder) if infos is None else infos
+        self.infos = read_headers(self.folder, budget) if infos is None else infos
         self.seal = read_seal(self.folder) if (infos is None if sealed is None else sealed) else None
         if self.seal is not None:
             self.seal.check_names(self.on_disk)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoint.budget import Budget
 from compress.checkpoint.headers import TensorInfo, read_headers, read_json, weight_files
 from compress.checkpoint.hub import SIDE_FILES as SIDE_FILES
 from compress.checkpoint.hub import HubErrors as HubErrors
@@ -51,15 +52,16 @@ class Source:
             return {"id": f"{cached[1]}/{cached[2]}", "title": cached[2], "commit": folder.name}
         return {"id": None, "title": folder.name, "commit": None}
 
-    def fetch(self, note: Callable[[str], None] | None = None) -> Path:
-        """The local folder with all files, downloaded into the Hub's cache if it must be, which `note` is told.
+    def fetch(self, note: Callable[[str], None] | None = None, budget: Budget | None = None) -> Path:
+        """The local folder with all files, downloaded into the Hub's cache if it must be, which `note` is told. Of a stack, the
+        files that `budget` needs.
 
         Raises: CheckpointError saying what failed and what to do.
         """
         if self.folder is not None:
             return self.folder
         assert self.on_hub is not None
-        return self.on_hub.fetch(note)
+        return self.on_hub.fetch(note, budget)
 
 
 def find_source(path: str, revision: str | None = None) -> Source:

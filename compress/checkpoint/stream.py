@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.checkpoint.budget import Budget
 from compress.checkpoint.description import modules_of
 from compress.checkpoint.headers import read_json
 from compress.checkpoint.names import owner
@@ -49,6 +50,7 @@ class StreamedModel:
         device: where it is computed.
         reader: tensors of the folder, where they are not (all) in finished files yet; by default the folder's own.
         specs: the compressed modules by disk name; by default those that config.json describes.
+        budget: how much of a stack is to be there; by default all.
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class StreamedModel:
         reader: CheckpointReader | None = None,
         specs: dict[str, ModuleSpec] | None = None,
         trust_remote_code: bool = False,
+        budget: Budget | None = None,
     ):
         raw = read_json(folder / "config.json")
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
-        self.reader = reader or open_reader(folder, raw)
+        self.reader = reader or open_reader(folder, raw, budget)
         with naming(folder):
             self.specs = modules_of(raw, self.reader.infos) if specs is None else specs
             self.architecture = architecture_of(raw, self.reader.infos.keys())

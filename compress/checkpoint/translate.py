@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compress.checkpoint.budget import Budget
 from compress.checkpoint.foreign import AWQ, AWQ_BITS, TRANSLATED, Layout, Translated, translated
 from compress.checkpoint.headers import TensorInfo, read_headers, read_json
 from compress.checkpoint.reader import CheckpointReader
@@ -220,10 +221,12 @@ class TranslatingReader(CheckpointReader):
         return self._whole(self.infos.stored[name])
 
 
-def open_reader(folder: Path | str, config: dict | None = None) -> CheckpointReader:
-    """The tensors of a folder, those of GPTQ and AWQ modules as ours."""
-    infos = read_headers(Path(folder))
+def open_reader(folder: Path | str, config: dict | None = None, budget: Budget | None = None) -> CheckpointReader:
+    """The tensors of a folder, those of GPTQ and AWQ modules as ours; of a stack, what fits `budget`."""
+    infos = read_headers(Path(folder), budget)
     raw = read_json(Path(folder) / "config.json") if config is None else config
     with naming(folder):
         listed = translated(raw, infos)
-    return TranslatingReader(folder, listed) if isinstance(listed, Translated) else CheckpointReader(folder)
+    return (
+        TranslatingReader(folder, listed) if isinstance(listed, Translated) else CheckpointReader(folder, budget=budget)
+    )

@@ -55,7 +55,7 @@ class LayerShape:
     """A layer as the plan knows it. `kind` "embedding" is a lookup table [vocabulary, hidden], which has no inputs.
 
     `role`: what it is to attention (query, key, value, output); None for any other, and for fused ones. Leaves have none.
-    `masked`: an earlier step pruned it.
+    `masked`: an earlier step pruned it. `folds`: whatever makes its input takes a scale of it (`Outcome.fold`).
     """
 
     name: str
@@ -65,6 +65,7 @@ class LayerShape:
     bias: bool = False
     role: Literal["q", "k", "v", "o"] | None = None
     masked: bool = False
+    folds: bool = False
 
 
 Sizes = Callable[[str, ModuleSpec | None], int]
@@ -84,7 +85,8 @@ class Layer:
 
     `config` has the overrides for this layer applied. `scale_dtype` is the dtype in which float tensors are stored and
     will be loaded: quantize with values rounded to it. `bias` is stored unchanged unless the method says otherwise. `mask`,
-    bool [out_features, in_features], is where an earlier step kept weights; the others are 0 and must come out as 0.
+    bool [out_features, in_features], is where an earlier step kept weights; the others are 0 and must come out as 0. `folds`: as
+    in `LayerShape`.
     """
 
     name: str
@@ -94,12 +96,14 @@ class Layer:
     scale_dtype: torch.dtype
     kind: Literal["linear", "embedding"] = "linear"
     mask: Tensor | None = None
+    folds: bool = False
 
     @property
     def shape(self) -> LayerShape:
         out_features, in_features = self.weight.shape
         masked = self.mask is not None
-        return LayerShape(self.name, out_features, in_features, self.kind, self.bias is not None, masked=masked)
+        bias = self.bias is not None
+        return LayerShape(self.name, out_features, in_features, self.kind, bias, masked=masked, folds=self.folds)
 
 
 def _silent(detail: str) -> None:
@@ -111,21 +115,30 @@ class SiteTask:
     """The layers of one site that a step applies to. They share an input, hence statistics.
 
     `tell`: takes a line about something long, which may be shown: the iteration that a layer is at, its loss.
+    `continuous`: whether `Outcome.continuous` is wanted, by a step that goes on learning from there.
     """
 
     name: str
     layers: tuple[Layer, ...]
     tell: Callable[[str], None] = _silent
+    continuous: bool = False
 
 
 @dataclass
 class Outcome:
     """What became of one layer. `report` holds figures for the report ("loss", "damping", …); `notes` what a user must be
-    told (a fallback, more damping than asked)."""
+    told (a fallback, more damping than asked).
+
+    `fold`: where the layer `folds`, what its inputs are to be multiplied with, [in_features], powers of two and the same for all
+    layers of the site: the pipeline puts it into what makes them. `continuous`: of integer codes, the real-valued weight whose
+    nearest values on the module's grid they are, float32 [out_features, in_features], where the task asked for it.
+    """
 
     module: CompressedModule
     report: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    fold: Tensor | None = None
+    continuous: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -199,12 +212,34 @@ class View(ABC):
         """Tell the user."""
 
 
+class StackView(ABC):
+    """Finished modules whose levels are to be put in order (`SiteMethod.order`).
+
+    Attributes:
+        levels: module -> bytes of each of its levels; the first of each is always loaded.
+        figures: module -> what `compress` reported of it.
+    """
+
+    levels: Mapping[str, Sequence[int]]
+    figures: Mapping[str, Mapping[str, Any]]
+
+    @abstractmethod
+    def losses(self, level: int, modules: Sequence[str], rows: int) -> dict[str, float]:
+        """For each of `modules`: the mean loss of a model in which every module has its first `level` levels, and this one a
+        level more; on `rows` rows of another draw of the calibration data. May be infinite or NaN."""
+
+    @abstractmethod
+    def note(self, message: str) -> None:
+        """Tell the user."""
+
+
 class SiteMethod(ABC):
     """A method that works site by site. Subclasses set `name`, `summary` and `Config`; instances are not needed.
 
     `on_leaves`: whether it also works on the leaves of a module that an earlier step made (the factors of a low-rank
     layer), or on whole weights only. `keeps_masks`: whether weights that an earlier step pruned come out as 0; other methods
-    are refused for pruned layers.
+    are refused for pruned layers. `stacks`: its modules have levels, which are put in `order` once all blocks are done; the
+    result is a stack, of which as much is loaded as there is room for.
     """
 
     name: ClassVar[str]
@@ -212,6 +247,7 @@ class SiteMethod(ABC):
     Config: ClassVar[type[MethodConfig]]
     on_leaves: ClassVar[bool] = True
     keeps_masks: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -263,6 +299,25 @@ class SiteMethod(ABC):
     def observation_bytes(cls, extent: Extent, config: Any) -> int:
         """Peak bytes of `observe` beyond those of a pass: of the whole model, if it looks at it."""
         return 0
+
+    @classmethod
+    def can_fold(cls, config: Any) -> bool:
+        """Whether it can use that a layer `folds`; only then is a layer said to."""
+        return False
+
+    @classmethod
+    def order(cls, view: StackView, configs: Mapping[str, Any]) -> Sequence[tuple[str, int]]:
+        """The levels of the modules in the order in which they are worth loading: (module, level), each from 1 on, a module's
+        in rising order. Of methods that stack.
+
+        Raises: RecipeError where settings differ between layers that must not.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def stack_file_bytes(cls, configs: Mapping[str, Any]) -> int:
+        """About how large a file of the stack is. Of methods that stack."""
+        raise NotImplementedError
 
     @classmethod
     def statistics(cls, config: Any) -> tuple[Request, ...]:

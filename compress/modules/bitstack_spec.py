@@ -43,6 +43,11 @@ class BitStackSpec(ModuleSpec):
     def first(self, n_levels: int) -> BitStackSpec:
         return replace(self, blocks=n_levels)
 
+    def level(self, number: int, float_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        if number == 0:
+            return self.first(1).tensors(float_dtype)
+        return {f"{block_name(number)}.{part}": tensor for part, tensor in self.block_tensors().items()}
+
     def block_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The tensors of one block, by the last part of their names."""
         return {
