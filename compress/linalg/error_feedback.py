@@ -30,11 +30,15 @@ GRID_WINDOW = 128  # columns whose grids are fitted together when grids follow t
 
 @dataclass(frozen=True)
 class Rounded:
-    """`codes` uint8 [rows, in] on `grid`; `loss` [rows], the rows' share of tr((W - Q) H_d (W - Q)^T)."""
+    """`codes` uint8 [rows, in] on `grid`; `loss` [rows], the rows' share of tr((W - Q) H_d (W - Q)^T).
+
+    `continuous` [rows, in], if asked for: every column as it was just before it was rounded.
+    """
 
     codes: Tensor
     grid: Grid
     loss: Tensor
+    continuous: Tensor | None = None
 
 
 def round_columns(
@@ -47,6 +51,7 @@ def round_columns(
     block_size: int = 128,
     feedback: Tensor | None = None,
     mask: Tensor | None = None,
+    continuous: bool = False,
 ) -> Rounded:
     """Round `weight` with error feedback.
 
@@ -61,6 +66,7 @@ def round_columns(
         block_size: columns between updates of the whole matrix.
         feedback: P [in, in] in `order`: each column, before it is rounded, adds w_i P[i, j] to the later ones (GPTAQ).
         mask: bool [rows, in]: `weight` is 0 where it is False, and stays so; needs a symmetric `rule`.
+        continuous: also return the columns as they were before they were rounded.
 
     Returns: codes, grid and loss, in natural order.
     """
@@ -89,9 +95,11 @@ def round_columns(
                 propagate(updates, first, last, stop)
             propagate(updates, start, stop, n)
 
+    back = slice(None) if order is None else inverse_order(order)
+    natural, grid = codes[back].T.contiguous(), grids.result()
+    before = work[back].T + grid.decode(natural) if continuous else None  # `work` holds residuals by now
     loss = work.div_(upper.diagonal().unsqueeze(1)).square_().sum(0)
-    natural = codes.T if order is None else codes[inverse_order(order)].T
-    return Rounded(natural.contiguous(), grids.result(), loss)
+    return Rounded(natural, grid, loss, before)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ symmetric   The range is [-a, a] with a = max |w|, scale = 2a / (2^bits - 1), ze
             2^bits unused and widens every step: by 7 % at 4 bits, 17 % at 3, 50 % at 2. We keep the full range of the
             original GPTQ code. Where a group has no negative weight, that code takes [0, a] for the range but not for
             the zero point, and clips the upper half of the weights away; here the range is [-a, a] always.
+signed      Symmetric, and scale = -m / 2^(bits-1), m the weight of the largest magnitude, with its sign: m is on the grid, on
+            the side that has one code more, and no step is wasted. Scales may be negative; the bytes are the same.
 asymmetric  The range is [min(0, min w), max(0, max w)], scale = range / (2^bits - 1), zero_point = round(-min / scale),
             an integer within 0 .. 2^bits - 1. Zero is on every grid, hence a pruned weight stays exactly zero.
 
 Clip search ("mse"): shrink the range to p = 1, 0.99, ... 0.21 of itself and keep the p with the least sum of
 |w' - w|^2.4. The exponent is the original code's: between the square, which gives up the few large weights too easily,
-and the maximum.
+and the maximum. Of signed grids both signs are tried, and p = 1.24 ... 0.30: the side with fewer codes may be the one that
+matters, and then the range must widen to reach its end.
 
 The scale is rounded to the dtype it is stored in *before* codes are chosen, and w' is rounded to it because that is what
 loaders make of it: errors are measured, and fed back, against the weight that will run. In bfloat16 this second rounding
@@ -38,17 +41,20 @@ from compress.errors import NumericsError
 SEARCH_STEPS = 100  # the range shrinks by 1 / SEARCH_STEPS at a time ...
 SEARCH_SHRINK = 0.8  # ... until this fraction of it is gone; GPTQ code, `grid` and `maxshrink`
 SEARCH_NORM = 2.4  # GPTQ code, `norm`
+SIGNED_SHRINKS = tuple(percent / 100 for percent in range(124, 28, -2))
 CHUNK = 1 << 16  # elements worked on at a time: a few float32 temporaries of this size stay in a core's L2 cache
 
 
 @dataclass(frozen=True)
 class GridRule:
-    """How a grid is fitted. `scale_dtype` is the dtype in which scales are stored."""
+    """How a grid is fitted. `scale_dtype` is the dtype in which scales are stored. `signed`: of a symmetric grid, whether its
+    scale may be negative."""
 
     bits: int
     symmetric: bool = True
     clip: Literal["none", "mse"] = "none"
     scale_dtype: torch.dtype = torch.float32
+    signed: bool = False
 
     @property
     def max_code(self) -> int:
@@ -131,6 +137,8 @@ def fit_range(values: Tensor, rule: GridRule) -> tuple[Tensor, Tensor | None]:
     Raises: NumericsError if a scale is not finite in the stored dtype.
     """
     low, high = values.amin(-1).clamp_(max=0), values.amax(-1).clamp_(min=0)  # the range contains 0
+    if rule.signed:
+        return _fit_signed(values, low, high, rule), None
     if rule.symmetric:
         high = torch.maximum(-low, high)
         low = -high
@@ -166,6 +174,30 @@ def _range_to_grid(low: Tensor, high: Tensor, rule: GridRule) -> tuple[Tensor, T
     if rule.symmetric:
         return scale, None
     return scale, (-low / scale).round_().clamp_(0, rule.max_code)
+
+
+def _fit_signed(values: Tensor, low: Tensor, high: Tensor, rule: GridRule) -> Tensor:
+    """Signed scales [...] of slices [..., n]; a slice of zeros gets that of the range [-1, 1]."""
+    extreme = torch.where(-low > high, low, high)
+    extreme = torch.where(extreme == 0, torch.ones_like(extreme), extreme)
+    natural = -extreme / rule.middle
+    sign = natural.sign()
+    if rule.clip == "none":
+        return sign * stored_scale(natural.abs(), rule.scale_dtype)
+    best_error = torch.full_like(natural, float("inf"))
+    best_scale = torch.ones_like(natural)
+    error = torch.empty_like(values)
+    for shrink in SIGNED_SHRINKS:
+        size = stored_scale(natural.abs() * shrink, rule.scale_dtype)
+        for scale in (sign * size, -sign * size):
+            torch.div(values, scale.unsqueeze(-1), out=error)
+            torch.clamp(error.round_(), min=-rule.middle, max=rule.max_code - rule.middle, out=error)
+            error.mul_(scale.unsqueeze(-1)).sub_(values).abs_().pow_(SEARCH_NORM)
+            total = error.sum(-1)
+            better = total < best_error
+            best_error = torch.where(better, total, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+    return best_scale
 
 
 def _search_clip(values: Tensor, low: Tensor, high: Tensor, rule: GridRule) -> tuple[Tensor, Tensor | None]:

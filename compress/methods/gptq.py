@@ -124,13 +124,13 @@ class GPTQ(SiteMethod):
             if layer.kind == "embedding":  # a lookup has no inputs to weigh: rounding is optimal (see rtn.py)
                 outcomes[layer.name] = round_layer(layer)
             elif statistics is None or statistics.n_tokens == 0:
-                outcomes[layer.name] = round_layer(layer, (NO_TOKENS,))
+                outcomes[layer.name] = round_layer(layer, (NO_TOKENS,), site.continuous)
             else:
                 check_weight(layer)
                 with_inputs.append(layer)
         if with_inputs:
             assert statistics is not None
-            outcomes |= _compress_site(with_inputs, statistics)
+            outcomes |= _compress_site(with_inputs, statistics, site.continuous)
         return {layer.name: outcomes[layer.name] for layer in site.layers}
 
 
@@ -146,7 +146,7 @@ class Curvature:
     feedback: Tensor | None
 
 
-def _compress_site(layers: list[Layer], statistics: SiteStatistics) -> dict[str, Outcome]:
+def _compress_site(layers: list[Layer], statistics: SiteStatistics, continuous: bool) -> dict[str, Outcome]:
     """Layers with calibrated inputs: equal settings share a loop, equal damping and order a factor."""
     statistics.require_finite(f"{', '.join(layer.name for layer in layers)}: gptq")
     hessian = statistics[SecondMoment()]
@@ -163,9 +163,9 @@ def _compress_site(layers: list[Layer], statistics: SiteStatistics) -> dict[str,
         curvature = curvatures[key]
         if isinstance(curvature, NumericsError):
             note = f"NOT CALIBRATED: {curvature}; it was rounded to nearest"
-            outcomes |= {layer.name: round_layer(layer, (note,)) for layer in alike}
+            outcomes |= {layer.name: round_layer(layer, (note,), continuous) for layer in alike}
         else:
-            outcomes |= _compress_alike(alike, config, curvature, statistics, dead)
+            outcomes |= _compress_alike(alike, config, curvature, statistics, dead, continuous)
     return outcomes
 
 
@@ -200,7 +200,12 @@ def asymmetric_feedback(cross: Tensor, upper: Tensor) -> Tensor:
 
 
 def _compress_alike(
-    layers: list[Layer], config: GPTQConfig, curvature: Curvature, statistics: SiteStatistics, dead: Tensor
+    layers: list[Layer],
+    config: GPTQConfig,
+    curvature: Curvature,
+    statistics: SiteStatistics,
+    dead: Tensor,
+    continuous: bool,
 ) -> dict[str, Outcome]:
     hessian = statistics[SecondMoment()].float()
     pieces: dict[str, list[_Piece]] = {layer.name: [] for layer in layers}
@@ -219,6 +224,7 @@ def _compress_alike(
                 block_size=config.block_size,
                 feedback=curvature.feedback,
                 mask=mask,
+                continuous=continuous,
             )
         except NumericsError as error:
             raise NumericsError(f"{', '.join(layer.name for layer, _ in batch)}: {error}") from None
@@ -233,7 +239,8 @@ def _compress_alike(
             mine = slice(start, start + rows.stop - rows.start)
             start = mine.stop
             figures = (float(loss[mine].double().sum()), float(energy[mine].double().sum()))
-            pieces[layer.name].append(_Piece(rounded.codes[mine], rounded.grid.rows(mine), *figures))
+            before = None if rounded.continuous is None else rounded.continuous[mine]
+            pieces[layer.name].append(_Piece(rounded.codes[mine], rounded.grid.rows(mine), *figures, before))
     return {layer.name: _outcome(layer, pieces[layer.name], curvature, statistics, dead) for layer in layers}
 
 
@@ -256,6 +263,7 @@ class _Piece:
     grid: Grid
     loss: float
     energy: float
+    continuous: Tensor | None
 
 
 def _outcome(
@@ -284,7 +292,9 @@ def _outcome(
     if n_dead:
         notes.append(f"{n_dead} of {dead.numel()} inputs were 0 on every calibration token: their weights are now 0")
     codes = torch.cat([piece.codes for piece in pieces])
-    return Outcome(quantized_module(layer, codes, Grid.cat([piece.grid for piece in pieces])), report, notes)
+    before = [piece.continuous for piece in pieces if piece.continuous is not None]
+    module = quantized_module(layer, codes, Grid.cat([piece.grid for piece in pieces]))
+    return Outcome(module, report, notes, continuous=torch.cat(before) if before else None)
 
 
 def _alike(layers: list[Layer]) -> list[tuple[GPTQConfig, list[Layer]]]:

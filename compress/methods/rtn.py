@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.calibration.statistics import SiteStatistics
@@ -36,6 +36,18 @@ class RTNConfig(MethodConfig):
         "none",
         description="'mse' searches a narrower range with less rounding error; 80 times the work of fitting a grid",
     )
+
+    signed_scales: bool = Field(
+        False,
+        description="symmetric only: scales may be negative, so that the code more that one side has is where the largest "
+        "weight is; same bytes, less error at 2 and 3 bits",
+    )
+
+    @model_validator(mode="after")
+    def _signs_only_where_symmetric(self) -> RTNConfig:
+        if self.signed_scales and not self.symmetric:
+            raise ValueError("signed_scales=true is for symmetric grids; drop it, or use symmetric: true")
+        return self
 
     @field_validator("group_size")
     @classmethod
@@ -65,10 +77,10 @@ class RTN(SiteMethod):
     def compress(
         cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
     ) -> dict[str, Outcome]:
-        return {layer.name: round_layer(layer) for layer in site.layers}
+        return {layer.name: round_layer(layer, continuous=site.continuous) for layer in site.layers}
 
 
-def round_layer(layer: Layer, notes: tuple[str, ...] = ()) -> Outcome:
+def round_layer(layer: Layer, notes: tuple[str, ...] = (), continuous: bool = False) -> Outcome:
     """Round one layer, whatever method its config belongs to. Report: `weight_error`, ||W' - W||^2 / ||W||^2."""
     config: RTNConfig = layer.config
     check_weight(layer)
@@ -79,12 +91,14 @@ def round_layer(layer: Layer, notes: tuple[str, ...] = ()) -> Outcome:
     codes = grid.encode(layer.weight)
     squared_error, squared = _squared_error(layer.weight, grid, codes)
     report = {"weight_error": squared_error / squared if squared else 0.0}
-    return Outcome(quantized_module(layer, codes, grid), report, list(notes))
+    return Outcome(
+        quantized_module(layer, codes, grid), report, list(notes), continuous=layer.weight if continuous else None
+    )
 
 
 def grid_rule(layer: Layer) -> GridRule:
     config: RTNConfig = layer.config
-    return GridRule(config.bits, config.symmetric, config.clip, layer.scale_dtype)
+    return GridRule(config.bits, config.symmetric, config.clip, layer.scale_dtype, config.signed_scales)
 
 
 def quantized_spec(shape: LayerShape, config: RTNConfig) -> QuantizedSpec:

@@ -56,6 +56,40 @@ def test_every_grid_is_sound(bits, symmetric, dtype, clip, group_size, seed, spr
         assert ((values - weight).abs() <= slack * step).all()
 
 
+@given(
+    bits=st.integers(2, 5),
+    dtype=st.sampled_from(DTYPES),
+    clip=st.sampled_from(["none", "mse"]),
+    seed=st.integers(0, 10**6),
+    shift=st.floats(-1, 1),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_signed_grid_loses_nothing_against_the_unsigned_search(bits, dtype, clip, seed, shift):
+    weight = normal(5, 16, seed=seed) + shift
+    grid = fit_grid(weight, 8, GridRule(bits, True, clip, dtype, signed=True))
+    codes = grid.encode(weight)
+    values = grid.decode(codes)
+    assert torch.isfinite(grid.scale).all() and (grid.scale != 0).all() and grid.zero_point is None
+    assert torch.equal(grid.encode(values), codes)
+    assert torch.equal(grid.decode(grid.encode(torch.zeros_like(weight))), torch.zeros_like(weight))
+    if clip == "none":  # the largest weight of a group lands on the extra code, exactly but for the dtype of the scale
+        groups, found = weight.unflatten(1, (2, 8)), codes.unflatten(1, (2, 8))
+        at = groups.abs().argmax(-1, keepdim=True)
+        assert (found.gather(-1, at) == 0).all()
+        largest = groups.gather(-1, at)
+        assert torch.allclose(values.unflatten(1, (2, 8)).gather(-1, at), largest, rtol=4 * torch.finfo(dtype).eps)
+
+
+def test_signed_scales_pay_at_two_bits():
+    weight = normal(64, 256)
+    rules = [GridRule(2, clip="mse"), GridRule(2, clip="mse", signed=True)]
+    plain, signed = (
+        float((weight - grid.decode(grid.encode(weight))).square().sum())
+        for grid in (fit_grid(weight, 32, rule) for rule in rules)
+    )
+    assert signed < 0.95 * plain
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_grid_is_the_reference_number_by_number(bits, symmetric):

@@ -7,7 +7,9 @@ from pydantic import ValidationError
 from compress.calibration.statistics import CrossMoment, SecondMoment, SiteStatistics
 from compress.errors import NumericsError
 from compress.linalg.cholesky import inverse_factor
+from compress.linalg.grid import Grid
 from compress.methods import gptq as gptq_module
+from compress.methods.base import SiteTask
 from compress.methods.gptq import GPTQ, GPTQConfig, asymmetric_feedback
 from compress.methods.rtn import RTN, RTNConfig
 from tests.methods.layers import compress, inputs, layer, statistics, weight
@@ -274,3 +276,15 @@ def test_workspace_and_flops_grow_with_the_site():
     for config in (GPTQConfig(), GPTQConfig(gptaq=0.25)):
         assert 0 < GPTQ.workspace(small, config) < GPTQ.workspace(large, config)
         assert 0 < GPTQ.flops(small, config) < GPTQ.flops(large, config)
+
+
+@pytest.mark.parametrize("order", ["none", "act", "gar"])
+def test_the_weight_before_rounding_rounds_to_the_codes(order: str) -> None:
+    x, w = inputs(400, 64), weight(24, 64)
+    config = GPTQConfig(bits=3, group_size=16, order=order, signed_scales=True, clip="mse")
+    task = SiteTask("site", (layer("a", w, config),), continuous=True)
+    outcome = GPTQ.compress(task, statistics(x), torch.Generator())["a"]
+    module, before = outcome.module, outcome.continuous
+    assert before is not None and not torch.equal(before, w)
+    grid = Grid(3, module.weight_scale.detach(), None)
+    assert (grid.encode(before) != module.codes()).float().mean() < 1e-3  # but for ties
