@@ -101,7 +101,7 @@ class CompressQuantizer(HfQuantizer):
         infos = translated(config, stored)
         specs = modules_of(config, infos)
         layouts = infos.layouts if isinstance(infos, Translated) else {}
-        self._open_stack(config, stored, dtype, checkpoint_files)
+        self._open_stack(specs, stored, dtype, checkpoint_files)
         architecture = _architecture(config, infos)
         if architecture is not None:
             of_experts = {n for site in architecture.all_sites() if site.expert is not None for n in site.linears}
@@ -136,7 +136,7 @@ class CompressQuantizer(HfQuantizer):
 
     def _open_stack(
         self,
-        config: Mapping[str, Any],
+        specs: Mapping[str, ModuleSpec],
         stored: Mapping[str, TensorInfo],
         dtype: torch.dtype | None,
         files: list[str] | None,
@@ -149,7 +149,6 @@ class CompressQuantizer(HfQuantizer):
         budget = None if wanted is None else parse_budget(wanted)
         assert files
         folder = Path(files[0]).parent
-        specs = modules_of(config)
         fetch_stack(folder, specs, stored, budget)
         self.stack = open_stack(folder, specs, loaded_bytes(stored, specs, dtype))
         if self.stack is not None:
