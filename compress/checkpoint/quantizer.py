@@ -101,7 +101,8 @@ class CompressQuantizer(HfQuantizer):
         infos = translated(config, stored)
         specs = modules_of(config, infos)
         layouts = infos.layouts if isinstance(infos, Translated) else {}
-        self._open_stack(specs, stored, dtype, checkpoint_files)
+        if config["quantization_config"].get("quant_method") == OWN:
+            self._open_stack(modules_of(config), stored, dtype, checkpoint_files)
         architecture = _architecture(config, infos)
         if architecture is not None:
             of_experts = {n for site in architecture.all_sites() if site.expert is not None for n in site.linears}
@@ -141,7 +142,7 @@ class CompressQuantizer(HfQuantizer):
         dtype: torch.dtype | None,
         files: list[str] | None,
     ) -> None:
-        """How much of the stack is to be loaded behind what the index names.
+        """How much of the stack is to be loaded behind what the index names. `specs`: as config.json describes them.
 
         Raises: CheckpointError if not even that fits the budget, or there is no stack.
         """

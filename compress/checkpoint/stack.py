@@ -390,7 +390,7 @@ def parse_table(
         raise CheckpointError(f"{file}: its checksum does not fit its contents; the file is damaged: fetch it again")
     stacked = {name: spec for name, spec in specs.items() if spec.n_levels > 1}
     modules, listed = content.get("modules"), content.get("files")
-    if not isinstance(modules, list) or not isinstance(listed, list) or set(map(str, modules)) != stacked.keys():
+    if not isinstance(modules, list) or not isinstance(listed, list) or not set(map(str, modules)) <= stacked.keys():
         raise CheckpointError(
             f"{file}: names other modules than config.json describes as stacked; the two are not of one model: fetch both again"
         )
@@ -403,7 +403,7 @@ def parse_table(
         for fields in described["entries"]:
             entry = _entry(file, fields, modules, number)
             spec = stacked[entry.module]
-            expected = _level_bytes(spec, entry.level) if entry.level < spec.n_levels else -1
+            expected = spec.level_bytes(entry.level, "F16") if entry.level < spec.n_levels else -1
             follows = end is None or entry.offset == end
             if entry.level != levels[entry.module] or entry.nbytes != expected or not follows:
                 raise CheckpointError(
@@ -422,11 +422,8 @@ def parse_table(
             f"{file}: has {levels[missing]} levels of {missing}, config.json describes {stacked[missing].n_levels}; the two "
             f"are not of one model: fetch both again"
         )
+    stacked = {name: stacked[name] for name in modules}
     return StackTable(folder, files, entries, stacked, base_bytes, str(content.get("order")))
-
-
-def _level_bytes(spec: ModuleSpec, level: int) -> int:
-    return sum(prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in spec.level(level, "F16").values())
 
 
 def stack_name(number: int, total: int) -> str:

@@ -87,12 +87,15 @@ def finite_chunks(reader: CheckpointReader, name: str) -> Iterator[memoryview]:
         yield chunk
 
 
-def write_safetensors(path: Path, tensors: dict[str, Stored]) -> int:
-    """Write `tensors` to `path`, durably and atomically, in the order of their names. Returns the file's size in bytes.
+def write_safetensors(path: Path, tensors: dict[str, Stored], in_order: bool = False) -> int:
+    """Write `tensors` to `path`, durably and atomically. Returns the file's size in bytes.
+
+    Args:
+        in_order: as they stand in `tensors`; else by name.
 
     Raises: CheckpointError naming the file and what to do if the disk is full or the folder cannot be written.
     """
-    names = sorted(tensors)
+    names = list(tensors) if in_order else sorted(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:

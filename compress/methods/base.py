@@ -224,9 +224,9 @@ class StackView(ABC):
     figures: Mapping[str, Mapping[str, Any]]
 
     @abstractmethod
-    def losses(self, level: int, modules: Sequence[str], rows: int) -> dict[str, float]:
+    def losses(self, level: int, modules: Sequence[str]) -> dict[str, float]:
         """For each of `modules`: the mean loss of a model in which every module has its first `level` levels, and this one a
-        level more; on `rows` rows of another draw of the calibration data. May be infinite or NaN."""
+        level more; on as many rows as `SiteMethod.order_rows` said. May be infinite or NaN."""
 
     @abstractmethod
     def note(self, message: str) -> None:
@@ -313,6 +313,11 @@ class SiteMethod(ABC):
         Raises: RecipeError where settings differ between layers that must not.
         """
         raise NotImplementedError
+
+    @classmethod
+    def order_rows(cls, configs: Mapping[str, Any]) -> int:
+        """Rows of another draw of the calibration data that `order` needs. Raises: as `order`."""
+        return 0
 
     @classmethod
     def stack_file_bytes(cls, configs: Mapping[str, Any]) -> int:

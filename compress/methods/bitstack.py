@@ -141,15 +141,22 @@ class BitStack(SiteMethod):
     def order(cls, view: StackView, configs: Mapping[str, BitStackConfig]) -> Sequence[tuple[str, int]]:
         from compress.methods.bitstack_order import by_levels, by_proxy
 
-        config = shared(
-            configs, ("order", "rows", "file_mib"), "one stack holds them all; set it for all of them alike"
-        )
-        return by_proxy(view) if config.order == "proxy" else by_levels(view, config.rows)
+        return by_proxy(view) if _shared(configs).order == "proxy" else by_levels(view)
+
+    @classmethod
+    def order_rows(cls, configs: Mapping[str, BitStackConfig]) -> int:
+        config = _shared(configs)
+        return config.rows if config.order == "levels" else 0
 
     @classmethod
     def stack_file_bytes(cls, configs: Mapping[str, BitStackConfig]) -> int:
-        why = "the files hold blocks of all layers; set it for all of them alike"
-        return int(shared(configs, ("file_mib",), why).file_mib * MIB)
+        return int(_shared(configs).file_mib * MIB)
+
+
+def _shared(configs: Mapping[str, BitStackConfig]) -> BitStackConfig:
+    return shared(
+        configs, ("order", "rows", "file_mib"), "one stack holds the blocks of all; set it for all of them alike"
+    )
 
 
 def input_scale(squares: Tensor) -> Tensor:

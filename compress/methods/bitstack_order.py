@@ -56,13 +56,13 @@ def greedy(left: Mapping[str, Sequence[float]], sizes: Mapping[str, Sequence[int
     return order
 
 
-def by_levels(view: StackView, rows: int) -> Order:
-    """The paper's search; `rows` of the validation set."""
+def by_levels(view: StackView) -> Order:
+    """The paper's search."""
     last = max(len(sizes) for sizes in view.levels.values())
     scores: list[dict[str, float]] = []
     for level in range(1, last):
         modules = [name for name, sizes in view.levels.items() if len(sizes) > level]
-        scores.append(view.losses(level, modules, rows))
+        scores.append(view.losses(level, modules))
     n_bad = sum(not math.isfinite(value) for found in scores for value in found.values())
     if n_bad:
         view.note(

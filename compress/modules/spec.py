@@ -76,6 +76,10 @@ class ModuleSpec(ABC):
         before = self.first(number).tensors(float_dtype) if number else {}
         return {key: value for key, value in self.first(number + 1).tensors(float_dtype).items() if key not in before}
 
+    def level_bytes(self, number: int, float_dtype: str) -> int:
+        """Bytes of the tensors of one level."""
+        return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.level(number, float_dtype).values())
+
     def nbytes(self, float_dtype: str) -> int:
         """Bytes of the stored tensors, without the bias."""
         return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.tensors(float_dtype).values())
