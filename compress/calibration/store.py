@@ -11,6 +11,7 @@ import errno
 import os
 import tempfile
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +155,23 @@ class HiddenStates:
         self.allowance.give_back(self._taken)
         self._taken = 0
         self._file.close()
+
+
+def embedded(
+    embed: Callable[[Tensor], Tensor], batches: Sequence[Tensor], allowance: Allowance, folder: Path
+) -> HiddenStates:
+    """What enters block 0, for batches of token ids [rows, length].
+
+    Args:
+        embed: token ids -> hidden states [rows, length, width].
+        folder: for what the allowance has no room for.
+    """
+    first = embed(batches[0])
+    hidden = HiddenStates([(*ids.shape, first.shape[-1]) for ids in batches], first.dtype, allowance, folder)
+    hidden[0] = first
+    for batch, ids in enumerate(batches[1:], 1):
+        hidden[batch] = embed(ids)
+    return hidden
 
 
 class Spill:

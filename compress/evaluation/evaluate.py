@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.calibration.store import Allowance, HiddenStates
+from compress.calibration.store import Allowance, HiddenStates, embedded
 from compress.checkpoint.source import find_source
 from compress.checkpoint.stream import StreamedModel
 from compress.errors import CheckpointError, RecipeError
@@ -225,11 +225,7 @@ class _Evaluation:
     def _embedded(self, model: StreamedModel, windows: Windows, scratch: Path, allowance: Allowance) -> HiddenStates:
         """What enters the first block, a batch of windows at a time."""
         batches = list(windows.ids.split(max(1, BATCH_TOKENS // windows.ids.shape[1])))
-        width = model.embed(batches[0]).shape[-1]
-        hidden = HiddenStates([(*ids.shape, width) for ids in batches], self.dtype, allowance, scratch)
-        for batch, ids in enumerate(batches):
-            hidden[batch] = model.embed(ids)
-        return hidden
+        return embedded(model.embed, batches, allowance, scratch)
 
     def _normed(self, model: StreamedModel, hidden: HiddenStates, scratch: Path) -> HiddenStates:
         """The last block's output through the final norm; in the same place unless that changes the width."""

@@ -19,8 +19,9 @@ from compress.checkpoint.side_files import copy_file, side_files
 from compress.checkpoint.stream import StreamedModel
 from compress.checkpoint.writer import write_json, write_text
 from compress.errors import CheckpointError
-from compress.pipeline.plan import OWN, PLAIN, Plan
-from compress.pipeline.stage import n_shards, shard_name
+from compress.pipeline.plan import Plan
+from compress.pipeline.plan_result import OWN, PLAIN
+from compress.pipeline.shards import n_shards, shard_name
 from compress.publish.base_model import card_of, carried
 from compress.publish.card import model_card
 

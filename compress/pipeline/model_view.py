@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from compress.calibration.store import Allowance, HiddenStates
+from compress.calibration.store import Allowance, HiddenStates, embedded
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.stream import StreamedModel
@@ -111,11 +111,7 @@ class StreamedView(ModelView):
 
     def embedded(self, batches: Sequence[Tensor] | None = None) -> HiddenStates:
         batches = self.batches if batches is None else batches
-        first = self._model.embed(batches[0])
-        shapes = [(*ids.shape, first.shape[-1]) for ids in batches]
-        hidden = HiddenStates(shapes, self._looking.dtype, self._allowance, self._looking.work)
-        for batch, ids in enumerate(batches):
-            hidden[batch] = self._model.embed(ids)
+        hidden = embedded(self._model.embed, batches, self._allowance, self._looking.work)
         if not hidden.finite:
             raise CheckpointError(
                 f"{self._step.before.name}: tensor {self._model.architecture.embeddings[0]}.weight holds NaN or infinity; the "

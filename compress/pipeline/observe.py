@@ -150,18 +150,18 @@ class StageView(View):
         stage.model.unload_block(index)
 
     def _task(self, site: Site) -> SiteTask:
-        targets = [self._stage.target(name, site, None) for name in site.linears if name in self._step.configs]
+        targets = [self._stage.layers.target(name, site, None) for name in site.linears if name in self._step.configs]
         return self._site_task(site, targets)
 
     def _outer(self, site: Site, hidden: HiddenStates | None) -> SiteTask:
-        return self._site_task(site, [self._stage.outer_target(site, None)])
+        return self._site_task(site, [self._stage.layers.outer_target(site, None)])
 
     def _site_task(self, site: Site, targets: list[Target]) -> SiteTask:
         layers = []
         for target in targets:
             weight = target.weight if target.module is None else target.module.dense(torch.float32)
             assert weight is not None
-            config, dtype = self._step.configs[target.name], self._stage.float_dtype
+            config, dtype = self._step.configs[target.name], self._stage.layers.float_dtype
             layers.append(Layer(target.name, weight, target.bias, config, dtype, target.kind))
         return SiteTask(site.name, tuple(layers))
 

@@ -208,7 +208,7 @@ def _measure_again(
 def _finished_details(planned: Plan, folder: Path, journal: Journal, progress: Progress) -> dict[str, Any] | None:
     """What the journal knows of a model that was finished before the run was interrupted (in its evaluation); None if it
     is not, or no longer, whole."""
-    from compress.pipeline.stage import part_numbers
+    from compress.pipeline.shards import part_numbers
 
     config = folder / CONFIG
     if not config.exists():

@@ -21,29 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration.capture import BlockPass, Gate, OriginalStream, Place
+from compress.calibration.capture import BlockPass, OriginalStream, Place
 from compress.calibration.statistics import SiteStatistics, gather
-from compress.calibration.store import Allowance, HiddenStates, ReadOnly
+from compress.calibration.store import Allowance, HiddenStates, ReadOnly, embedded
 from compress.checkpoint.headers import read_header
-from compress.checkpoint.names import owner
-from compress.checkpoint.reader import TORCH_DTYPES, CheckpointReader
-from compress.checkpoint.stream import StreamedModel, load_module, rebuild_module, tensors_in
-from compress.checkpoint.writer import Stored, finite_chunks, from_source, from_tensor, write_safetensors
+from compress.checkpoint.reader import CheckpointReader
+from compress.checkpoint.stream import StreamedModel, tensors_in
+from compress.checkpoint.writer import finite_chunks
 from compress.errors import CheckpointError, NumericsError
 from compress.methods.base import Outcome
 from compress.models.architecture import Site
 from compress.models.families import module_name
-from compress.modules.base import CompressedModule
-from compress.pipeline.journal import BlockEntry, Journal, sha256_of
+from compress.pipeline.journal import BlockEntry, Journal
+from compress.pipeline.layers import Layers
 from compress.pipeline.meter import Stopwatch, release_free_memory
-from compress.pipeline.plan import OWN, Plan
+from compress.pipeline.plan import Plan
 from compress.pipeline.progress import Progress
 from compress.pipeline.rewriting import open_source, seeded
+from compress.pipeline.shards import ENTRY, Shards, part_numbers, stores_head
 from compress.pipeline.steps import StepPlan
 from compress.pipeline.targets import Target, compress_targets, merged
 
 PROBE_TOKENS = 128  # enough for most experts to be reached, few enough to be free
-ENTRY = -1  # journal number of the part before block 0; the head's is the number of blocks
 
 
 @dataclass
@@ -53,27 +52,6 @@ class StageResult:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     replayed_blocks: int = 0
-
-
-def shard_name(plan: Plan, number: int) -> str:
-    """The file of part `number`: 0 is everything before block 0, then the blocks, then the head."""
-    stem = "compress" if plan.format == OWN else "model"
-    return f"{stem}-{number + 1:05d}-of-{n_shards(plan):05d}.safetensors"
-
-
-def n_shards(plan: Plan) -> int:
-    return plan.architecture.n_blocks + (2 if stores_head(plan) else 1)
-
-
-def part_numbers(plan: Plan) -> range:
-    """The parts of a finished stage, by their numbers in the journal."""
-    return range(ENTRY, ENTRY + n_shards(plan))
-
-
-def stores_head(plan: Plan) -> bool:
-    """Whether the result holds tensors of a head of its own."""
-    head = plan.architecture.head.linears[0]
-    return plan.untied or head in plan.layers or any(name.startswith(f"{head}.") for name in plan.source.infos)
 
 
 class Stage:
@@ -101,10 +79,11 @@ class Stage:
         self.allowance, self.progress = Allowance(activation_bytes), progress
         self.probe_ids = batches[0][:1, :PROBE_TOKENS]
         self.scratch = journal.path.parent
-        self.float_dtype = TORCH_DTYPES[plan.float_dtype]
         self.model = open_source(plan, plan.rewrites, source, self.scratch, compute_dtype, device)
         self.needs_original = any(step.needs_original for step in self.steps)
         self.watch = Stopwatch()
+        self.layers = Layers(plan, self.model, compute_dtype, device)
+        self.shards = Shards(plan, number, out, self.model.reader, self.watch)
         self.result = StageResult()
 
     # ---- the order of things
@@ -140,13 +119,7 @@ class Stage:
     # ---- hidden states
 
     def embed_all(self) -> HiddenStates:
-        first = self.model.embed(self.batches[0])
-        width = first.shape[-1]
-        shapes = [(*ids.shape, width) for ids in self.batches]
-        hidden = HiddenStates(shapes, self.compute_dtype, self.allowance, self.scratch)
-        for batch, ids in enumerate(self.batches):
-            hidden[batch] = self.model.embed(ids)
-        return hidden
+        return embedded(self.model.embed, self.batches, self.allowance, self.scratch)
 
     def _copy(self, hidden: HiddenStates) -> HiddenStates:
         copied = HiddenStates(hidden.shapes, hidden.dtype, self.allowance, self.scratch)
@@ -186,7 +159,7 @@ class Stage:
                 f"{self.plan.architecture.blocks[index]}: its output is not finite after compression; try "
                 f"calibration.dtype=float32 or more bits, or check the checkpoint with: compress inspect"
             )
-        entry = self._write_block(index, outcomes)
+        entry = self.shards.write_block(index, outcomes)
         with self.watch("read back"):
             self._check_probe(index, entry, expected)
         self.journal.add(entry)
@@ -209,7 +182,7 @@ class Stage:
             for site in sites:
                 for name, outcome in self._compress_site(site, step, None, before).items():
                     outcomes[name] = outcome
-                    self.model.skeleton.replace(name, self._running(name, outcome.module))
+                    self.model.skeleton.replace(name, self.layers.running(name, outcome.module))
             if last:
                 with self.watch("forward"):
                     self.propagate(block, index, hidden)
@@ -231,7 +204,7 @@ class Stage:
                 names = [name for name in site.linears if name in step.configs]
                 for position, name in enumerate(names):
                     outcomes[name] = done[name]
-                    run.replace(site.name, position, self._running(name, done[name].module))
+                    run.replace(site.name, position, self.layers.running(name, done[name].module))
                 release_free_memory()
                 with self.watch("forward"):
                     if last or stream is not None or site is not sites[-1]:
@@ -270,7 +243,7 @@ class Stage:
     def _compress_site(
         self, site: Site, step: StepPlan, statistics: SiteStatistics | None, before: dict[str, Outcome]
     ) -> dict[str, Outcome]:
-        targets = [self.target(name, site, before.get(name)) for name in site.linears if name in step.configs]
+        targets = [self.layers.target(name, site, before.get(name)) for name in site.linears if name in step.configs]
         return self._compress_targets(site, step, targets, statistics)
 
     def _compress_targets(
@@ -282,7 +255,7 @@ class Stage:
                 site.name,
                 targets,
                 statistics,
-                self.float_dtype,
+                self.layers.float_dtype,
                 lambda purpose: self.generator(step, site.name, purpose),
                 lambda detail: self.progress.advance(0, detail),
             )
@@ -293,88 +266,9 @@ class Stage:
                 self.progress.note(f"{name}: {note}")
         return outcomes
 
-    def target(self, name: str, site: Site, before: Outcome | None) -> Target:
-        module = self.model.skeleton.module(name)
-        if isinstance(module, Gate):
-            module = module.target
-        bias = getattr(module, "bias", None)
-        if before is not None:
-            return Target(name, None, bias, before.module, site.layer_kind)
-        if isinstance(module, CompressedModule):  # of the source; it runs in the dtype of the pass
-            return Target(name, None, bias, copy.deepcopy(module).to(self.float_dtype), site.layer_kind)
-        weight = module.get_parameter("weight").detach().float()
-        flipped = self.plan.architecture.transposed and name not in self._outer_names()
-        return Target(name, weight.T.contiguous() if flipped else weight, bias, None, site.layer_kind)
-
-    def _outer_names(self) -> tuple[str, ...]:
-        return (*self.plan.architecture.head.linears, *self.plan.architecture.embedding.linears)
-
-    def _running(self, name: str, module: CompressedModule) -> nn.Module:
-        """The module as it will be once loaded from disk in the compute dtype."""
-        if module.spec.plain:
-            return self._ordinary(name, module)
-        running = rebuild_module(name, module.spec, module.stored(), self.compute_dtype).to(self.device)
-        running.hold(self.compute_dtype)
-        return running
-
-    def _ordinary(self, name: str, module: CompressedModule) -> nn.Module:
-        """The layer of the model itself, with the weight of `module`."""
-        layer = self.model.skeleton.module(name)
-        layer = copy.copy(layer.target if isinstance(layer, Gate) else layer)
-        if isinstance(layer, CompressedModule):  # of a source that was compressed
-            return module.to(self.compute_dtype).to(self.device)
-        weight = self._as_stored(name, module.dense(self.compute_dtype)).to(self.device)
-        layer._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
-        return layer
-
-    def _as_stored(self, name: str, weight: Tensor) -> Tensor:
-        """A weight [out_features, in_features] as the layer itself has it."""
-        flipped = self.plan.architecture.transposed and name not in self._outer_names()
-        return weight.T.contiguous() if flipped else weight
-
     def generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator:
         """Randomness that depends on the seed and the place only, so that a resumed run draws the same."""
         return seeded(self.plan.recipe.seed, self.number, step.number, site, purpose)
-
-    # ---- what is written
-
-    def _write_block(self, index: int, outcomes: dict[str, Outcome]) -> BlockEntry:
-        inside = self.plan.architecture.blocks[index] + "."
-        names = [name for name in self.model.reader.infos if name.startswith(inside)]
-        return self._write(index, names, outcomes)
-
-    def _write(
-        self, part: int, names: list[str], outcomes: dict[str, Outcome], extra: dict[str, Stored] | None = None
-    ) -> BlockEntry:
-        """Write one shard: compressed modules from memory, the rest copied from the source."""
-        tensors: dict[str, Stored] = {}
-        for name in names:
-            if owner(name, outcomes) is None:
-                tensors[name] = from_source(self.model.reader, name, self._cast())
-        tensors.update(extra or {})
-        layers = {}
-        for name, outcome in outcomes.items():
-            for suffix, tensor in outcome.module.stored().items():
-                if outcome.module.spec.plain and suffix == "weight":
-                    tensor = self._as_stored(name, tensor)
-                if suffix == "bias":
-                    tensor = tensor.to(self._cast() or TORCH_DTYPES[self.model.reader.info(f"{name}.bias").dtype])
-                tensors[f"{name}.{suffix}"] = from_tensor(tensor)
-            self._check_bytes(name, tensors)
-            layers[name] = {**outcome.report, "notes": outcome.notes}
-        file = shard_name(self.plan, part + 1)
-        with self.watch("write"):
-            nbytes = write_safetensors(self.out / file, tensors)
-        return BlockEntry(self.number, part, file, nbytes, sha256_of(self.out / file), layers)
-
-    def _cast(self) -> torch.dtype | None:
-        return None if self.plan.recipe.model.dtype == "auto" else self.float_dtype
-
-    def _check_bytes(self, name: str, tensors: dict[str, Stored]) -> None:
-        prefix = name + "."
-        written = sum(t.nbytes for n, t in tensors.items() if n.startswith(prefix) and n != f"{prefix}bias")
-        planned = self.plan.layers[name].bytes_after
-        assert written == planned, f"{name}: {written} bytes where the plan has {planned}"
 
     def _check_probe(self, index: int, entry: BlockEntry, expected: Tensor) -> None:
         """The block as read back from its shard must turn the probe into the very same numbers; it goes on from there."""
@@ -417,12 +311,12 @@ class Stage:
             head = architecture.head.linears[0] + "."
             names = [n for n in self.model.reader.infos if not n.startswith(inside) and not n.startswith(head)]
             outcomes = self._compress_outer(architecture.embedding, None)
-            finished = self._write(ENTRY, names, outcomes)
+            finished = self.shards.write(ENTRY, names, outcomes)
             self.journal.add(finished)
         self.result.layers.update(finished.layers)
         if table in self.plan.layers:  # a table is never plain: no method makes one so
             with CheckpointReader(self.out, read_header(self.out / finished.file)) as reader:
-                self.model.replace_table(self._read_module(table, reader))
+                self.model.replace_table(self.layers.read(table, reader))
         elif self.plan.rewrites:  # rows of a rewritten table would be made again for every batch
             self.model.table_reader = CheckpointReader(self.out, read_header(self.out / finished.file))
 
@@ -442,15 +336,10 @@ class Stage:
             names = [n for n in self.model.reader.infos if n.startswith(head + ".")]
             extra = {}
             if self.plan.untied and head not in outcomes:
-                extra[f"{head}.weight"] = self._dense_table()
-            finished = self._write(architecture.n_blocks, names, outcomes, extra)
+                extra[f"{head}.weight"] = self.shards.dense_table()
+            finished = self.shards.write(architecture.n_blocks, names, outcomes, extra)
             self.journal.add(finished)
         self.result.layers.update(finished.layers)
-
-    def _dense_table(self) -> Stored:
-        """The token table of the source, to become the weight of a head that was tied to it."""
-        table = self.plan.architecture.embedding.linears[0]
-        return from_source(self.model.reader, f"{table}.weight", self._cast())
 
     def _compress_outer(self, site: Site, hidden: HiddenStates | None) -> dict[str, Outcome]:
         """The token table (no inputs) or the head (inputs: the final normed hidden states)."""
@@ -468,37 +357,10 @@ class Stage:
                 for x in self.normed(hidden):
                     gatherer.add(x)
                 statistics = gatherer.result(f"{name} ({step.method.name})")
-            target = self.outer_target(site, outcomes.get(name))
+            target = self.layers.outer_target(site, outcomes.get(name))
             done = self._compress_targets(site, step, [target], statistics)
             outcomes |= {name: merged(outcomes.get(name), outcome) for name, outcome in done.items()}
         return outcomes
-
-    def outer_target(self, site: Site, before: Outcome | None) -> Target:
-        name, reader = site.linears[0], self.model.reader
-        bias = reader.read(f"{name}.bias") if f"{name}.bias" in reader else None
-        if before is not None:
-            return Target(name, None, bias, before.module, site.layer_kind)
-        if name in self.plan.source_specs:
-            module = load_module(name, self.plan.source_specs[name], reader, self.float_dtype)
-            return Target(name, None, bias, module, site.layer_kind)
-        return Target(name, self._outer_weight(name), bias, None, site.layer_kind)
-
-    def _outer_weight(self, name: str) -> Tensor:
-        """The head's or the table's weight in float32, whatever it is stored as; checked."""
-        architecture = self.plan.architecture
-        if name == architecture.head.linears[0] and architecture.tied:
-            name = architecture.embedding.linears[0]
-        if name in self.plan.source_specs:
-            return self._read_module(name, self.model.reader, self.plan.source_specs).dense(torch.float32)
-        weight = self.model.reader.read(f"{name}.weight", torch.float32)
-        if not torch.isfinite(weight).all():
-            raise CheckpointError(f"{self.model.folder}: tensor {name}.weight holds NaN or infinity; fetch it again")
-        return weight
-
-    def _read_module(
-        self, name: str, reader: CheckpointReader, specs: dict[str, Any] | None = None
-    ) -> CompressedModule:
-        return load_module(name, (specs or self.plan.specs)[name], reader, self.compute_dtype)
 
     def normed(self, hidden: HiddenStates) -> Iterator[Tensor]:
         for batch in range(len(hidden)):

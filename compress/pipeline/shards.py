@@ -1,0 +1,90 @@
+"""The files of a result: a shard for what comes before the blocks, one for each block, one for the head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from compress.checkpoint.names import owner
+from compress.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from compress.checkpoint.writer import Stored, from_source, from_tensor, write_safetensors
+from compress.methods.base import Outcome
+from compress.pipeline.journal import BlockEntry, sha256_of
+from compress.pipeline.layers import as_stored
+from compress.pipeline.meter import Stopwatch
+from compress.pipeline.plan import Plan
+from compress.pipeline.plan_result import OWN
+
+ENTRY = -1  # journal number of the part before block 0; the head's is the number of blocks
+
+
+def shard_name(plan: Plan, number: int) -> str:
+    """The file of part `number`: 0 is everything before block 0, then the blocks, then the head."""
+    stem = "compress" if plan.format == OWN else "model"
+    return f"{stem}-{number + 1:05d}-of-{n_shards(plan):05d}.safetensors"
+
+
+def n_shards(plan: Plan) -> int:
+    return plan.architecture.n_blocks + (2 if stores_head(plan) else 1)
+
+
+def part_numbers(plan: Plan) -> range:
+    """The parts of a finished stage, by their numbers in the journal."""
+    return range(ENTRY, ENTRY + n_shards(plan))
+
+
+def stores_head(plan: Plan) -> bool:
+    """Whether the result holds tensors of a head of its own."""
+    head = plan.architecture.head.linears[0]
+    return plan.untied or head in plan.layers or any(name.startswith(f"{head}.") for name in plan.source.infos)
+
+
+class Shards:
+    """Writes the shards of a stage: compressed modules from memory, the rest copied from `reader`."""
+
+    def __init__(self, plan: Plan, number: int, out: Path, reader: CheckpointReader, watch: Stopwatch):
+        self.plan, self.number, self.out, self.reader, self.watch = plan, number, out, reader, watch
+
+    def write_block(self, index: int, outcomes: dict[str, Outcome]) -> BlockEntry:
+        inside = self.plan.architecture.blocks[index] + "."
+        names = [name for name in self.reader.infos if name.startswith(inside)]
+        return self.write(index, names, outcomes)
+
+    def write(
+        self, part: int, names: list[str], outcomes: dict[str, Outcome], extra: dict[str, Stored] | None = None
+    ) -> BlockEntry:
+        """Write one shard: compressed modules from memory, the rest copied from the source."""
+        tensors: dict[str, Stored] = {}
+        for name in names:
+            if owner(name, outcomes) is None:
+                tensors[name] = from_source(self.reader, name, self._cast())
+        tensors.update(extra or {})
+        layers = {}
+        for name, outcome in outcomes.items():
+            for suffix, tensor in outcome.module.stored().items():
+                if outcome.module.spec.plain and suffix == "weight":
+                    tensor = as_stored(self.plan.architecture, name, tensor)
+                if suffix == "bias":
+                    tensor = tensor.to(self._cast() or TORCH_DTYPES[self.reader.info(f"{name}.bias").dtype])
+                tensors[f"{name}.{suffix}"] = from_tensor(tensor)
+            self._check_bytes(name, tensors)
+            layers[name] = {**outcome.report, "notes": outcome.notes}
+        file = shard_name(self.plan, part + 1)
+        with self.watch("write"):
+            nbytes = write_safetensors(self.out / file, tensors)
+        return BlockEntry(self.number, part, file, nbytes, sha256_of(self.out / file), layers)
+
+    def dense_table(self) -> Stored:
+        """The token table of the source, to become the weight of a head that was tied to it."""
+        table = self.plan.architecture.embedding.linears[0]
+        return from_source(self.reader, f"{table}.weight", self._cast())
+
+    def _cast(self) -> torch.dtype | None:
+        return None if self.plan.recipe.model.dtype == "auto" else TORCH_DTYPES[self.plan.float_dtype]
+
+    def _check_bytes(self, name: str, tensors: dict[str, Stored]) -> None:
+        prefix = name + "."
+        written = sum(t.nbytes for n, t in tensors.items() if n.startswith(prefix) and n != f"{prefix}bias")
+        planned = self.plan.layers[name].bytes_after
+        assert written == planned, f"{name}: {written} bytes where the plan has {planned}"
