@@ -36,6 +36,7 @@ WORST = 1.005  # ours may lose so much more than theirs on any linear
 ROWS, LENGTH = 32, 256  # calibration rows, tokens of each
 
 STEPS: tuple[Step, ...] = ("adam", "sequential")
+THEIRS = "theirs"
 
 T = TypeVar("T")
 
@@ -50,11 +51,12 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="time one matrix instead")
     parser.add_argument("--size", type=int, default=2048, help="--time: of the matrix")
     parser.add_argument("--block-size", type=int, default=128, help="--time: of the wrappers")
+    parser.add_argument("--ways", nargs="+", choices=(*STEPS, THEIRS), help="--time: only these, for the peak of one alone")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}, torch {torch.__version__}, commit {commit()}")
     if asked.time:
-        timed(asked.reference, asked.size, asked.block_size, asked.iterations)
+        timed(asked.reference, asked.size, asked.block_size, asked.iterations, asked.ways)
     else:
         beside(asked.reference, asked.model, asked.blocks, asked.sizes, asked.iterations)
 
@@ -89,7 +91,7 @@ def beside(reference: Path, model: Path, n_blocks: int | None, sizes: list[int],
         raise SystemExit(f"ours is worse than theirs, {worst:.4f} times")
 
 
-def timed(reference: Path | None, size: int, block_size: int, n_iters: int) -> None:
+def timed(reference: Path | None, size: int, block_size: int, n_iters: int, wanted: list[str] | None) -> None:
     """Seconds and loss of one square matrix; the start, which takes next to nothing, counts on both sides."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator) * 0.02
@@ -102,8 +104,8 @@ def timed(reference: Path | None, size: int, block_size: int, n_iters: int) -> N
     }
     if reference is not None:
         code_of(reference)
-        ways["theirs"] = lambda: (armor(reference, weight, squares, block_size, n_iters), [])
-    for name, way in ways.items():
+        ways[THEIRS] = lambda: (armor(reference, weight, squares, block_size, n_iters), [])
+    for name, way in ((n, w) for n, w in ways.items() if wanted is None or n in wanted):
         seconds, (product, _) = timing(way)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB; never falls: that of all rows so far
         print(f"| {name} | {seconds:.1f} | {loss(weight, squares, product):.6f} | {peak:.2f} GiB |", flush=True)

@@ -1,114 +1,88 @@
-"""The tables of docs/methods/armor.md: 2:4 with and without wrappers, on the model that ships.
+"""The tables of docs/methods/armor.md: 2:4 with and without wrappers, alone and followed by 4 bits.
 
 Each row is a real run (`compress.run`) and its evaluation on held-out text. Prints Markdown:
 
-    python scripts/table_armor.py                     # all tables
-    python scripts/table_armor.py iterations rounded  # some of them
+    python scripts/table_armor.py                     # all tables, on the model that ships
+    python scripts/table_armor.py blocks iterations   # some of them
+    python scripts/table_armor.py --cache FILE        # goes on where it was stopped
+    python scripts/table_armor.py --model FOLDER --dtype bfloat16 --calibration FILE --heldout FILE
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import compress
-from compress.recipe import Recipe
+from tables import Measure, Settings, parser, show
 
-SCORES = ("magnitude", "wanda", "nowag", "sparsegpt")
-BLOCKS = (8, 16, 32)
-ITERATIONS = (0, 100, 300)
-GPTQ = {"gptq": {"bits": 4, "group_size": 64, "clip": "mse", "order": "gar"}}
+SCORES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "nowag": "NoWag-P"}
+BLOCKS = (4, 8, 16, 32)
+ITERATIONS = (0, 100, 300, 1000)
+SIZE = 8  # of the blocks that `iterations` has
+GPTQ = {"clip": "mse", "order": "gar"}
+ROUNDED = (
+    (4, 64),
+    (4, 32),
+    (5, 64),
+    (6, 32),
+    (8, 64),
+)  # bits and groups of prune's core, whose sizes armor's lie among
+CORE = {"bits": 4, "group_size": 64, **GPTQ}  # of armor's core
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help="blocks, iterations, rounded [default: all]")
-    parser.add_argument("--iterations", type=int, default=300, help="of blocks and rounded")
-    parser.add_argument("--model", default="shipped", help="a folder or Hub id [default: the one that ships]")
-    parser.add_argument("--samples", type=int, default=32, help="rows of 256 calibration tokens")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of the held-out text")
-    asked = parser.parse_args()
     tables = {"blocks": blocks, "iterations": iterations, "rounded": rounded}
-    measure = Measure(asked.model, asked.samples, asked.max_tokens, asked.iterations)
-    for name in asked.tables or tables:
-        for line in tables[name](measure):
-            print(line, flush=True)
-        print(flush=True)
-    print(f"The original: perplexity {measure.original:.3f}.")
+    arguments = parser(__doc__, tables)
+    arguments.add_argument("--iterations", type=int, default=300, help="of blocks and rounded")
+    asked = arguments.parse_args()
+    show(tables, asked.tables, Measure(asked))
 
 
-class Measure:
-    """Runs steps on the model, and says what they lost; the same steps once."""
-
-    def __init__(self, model: str, samples: int, max_tokens: int, n_iters: int):
-        self.model, self.samples, self.max_tokens, self.n_iters = model, samples, max_tokens, n_iters
-        self.original = 0.0
-        self._done: dict[str, str] = {}
-
-    def __call__(self, *steps: dict[str, Any]) -> str:
-        """Cells: bits per weight of the replaced layers, proxy loss over that of NoWag-P, perplexity, KL."""
-        key = repr(steps)
-        if key not in self._done:
-            self._done[key] = self._run(list(steps))
-            print(f"{key}: {self._done[key]}", file=sys.stderr, flush=True)
-        return self._done[key]
-
-    def _run(self, steps: list[dict[str, Any]]) -> str:
-        recipe = Recipe.from_dict(
-            {
-                "model": self.model,
-                "calibration": {"data": "shipped", "samples": self.samples, "length": 256, "batch_size": 16},
-                "steps": steps,
-                "evaluation": {"data": "shipped", "max_tokens": self.max_tokens},
-            }
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            result = compress.run(recipe, Path(folder) / "out")
-        found, layers = result.report["evaluation"], result.report["layers"]
-        self.original = found["reference"]["perplexity"]
-        perplexity, divergence = found["model"]["perplexity"], found["fidelity"]["kl_mean"]
-        planned = [result.plan.layers[layer["name"]] for layer in layers]
-        weights = sum(layer.out_features * layer.in_features for layer in planned)
-        bits = 8 * sum(layer["bytes_after"] for layer in layers) / weights
-        figures = [layer["figures"] for layer in layers if "proxy_loss" in layer["figures"]]
-        ratio = sum(f["proxy_loss"] / f["proxy_loss_start"] for f in figures) / len(figures) if figures else None
-        return f"{bits:.2f} | {'–' if ratio is None else f'{ratio:.3f}'} | {perplexity:.2f} | {divergence:.4f}"
+def lines(measure: Measure, rows: dict[str, list[Settings]], by_size: bool = False) -> Iterator[str]:
+    """A line for each row: size, proxy loss over that of NoWag-P, perplexity / KL."""
+    found = {heading: measure(*steps) for heading, steps in rows.items()}
+    yield "| | bits per weight | all tensors | loss / NoWag-P's | perplexity / KL |"
+    yield "|---" * 5 + "|"
+    for heading, own in sorted(found.items(), key=lambda item: item[1]["total"] if by_size else 0):
+        ratio = "–" if own["proxy"] is None else f"{own['proxy']:.3f}"
+        yield f"| {heading} | {own['bits']:.3f} | {own['total'] / 1e6:.2f} MB | {ratio} | {own['cell']} |"
 
 
-HEAD = "bits per weight | loss / NoWag-P's | perplexity | KL |"
+def armor(measure: Measure, size: int, **settings: object) -> Settings:
+    return {"armor": {"block_size": size, "n_iters": measure.asked.iterations, **settings}}
 
 
 def blocks(measure: Measure) -> Iterator[str]:
-    """Scores of prune, then armor with blocks of several sizes."""
-    yield f"| | {HEAD}"
-    yield "|---" * 5 + "|"
-    for score in SCORES:
-        yield f"| prune, {score} | {measure({'prune': {'score': score}})} |"
-    for size in BLOCKS:
-        yield f"| armor, blocks of {size} | {measure({'armor': {'block_size': size, 'n_iters': measure.n_iters}})} |"
+    """2:4 by every score, then between wrappers with blocks of several sizes."""
+    rows: dict[str, list[Settings]] = {f"`prune`, {SCORES[score]}": [{"prune": {"score": score}}] for score in SCORES}
+    rows |= {f"`armor`, blocks of {size}": [armor(measure, size)] for size in BLOCKS}
+    yield from lines(measure, rows)
 
 
 def iterations(measure: Measure) -> Iterator[str]:
-    """Both steps, several numbers of iterations, blocks of 16."""
-    yield f"| iterations | step | {HEAD}"
-    yield "|---" * 6 + "|"
-    for step in ("adam", "sequential"):
-        for n_iters in ITERATIONS[0 if step == "adam" else 1 :]:
-            found = measure({"armor": {"block_size": 16, "n_iters": n_iters, "step": step}})
-            yield f"| {n_iters} | {step} | {found} |"
+    """Both steps, several numbers of iterations."""
+    rows = {
+        f"`{step}`, {n_iters} iterations": [armor(measure, SIZE, n_iters=n_iters, step=step)]
+        for step in ("adam", "sequential")
+        for n_iters in ITERATIONS[0 if step == "adam" else 1 : None if step == "adam" else -1]
+    }
+    yield from lines(measure, rows)
 
 
 def rounded(measure: Measure) -> Iterator[str]:
-    """Each followed by 4 bits."""
-    yield f"| then gptq, 4 bits | {HEAD}"
-    yield "|---" * 5 + "|"
-    for score in ("nowag", "sparsegpt"):
-        yield f"| prune, {score} | {measure({'prune': {'score': score}}, GPTQ)} |"
-    yield f"| armor, blocks of 16 | {measure({'armor': {'block_size': 16, 'n_iters': measure.n_iters}}, GPTQ)} |"
+    """The core rounded to 4 bits, beside 2:4 whose bytes are as many, and beside rounding alone; by size."""
+    rows: dict[str, list[Settings]] = {
+        f"`prune`, {SCORES[score]}, then `gptq`, {bits} bits, groups of {size}": [
+            {"prune": {"score": score}},
+            {"gptq": {"bits": bits, "group_size": size, **GPTQ}},
+        ]
+        for score in SCORES
+        for bits, size in (ROUNDED if score == "sparsegpt" else ROUNDED[:2])
+    }
+    for size in BLOCKS[:3]:
+        rows[f"`armor`, blocks of {size}, then `gptq`, 4 bits, groups of 64"] = [armor(measure, size), {"gptq": CORE}]
+    for bits in (3, 4):
+        rows[f"`gptq` alone, {bits} bits, groups of 64"] = [{"gptq": {"bits": bits, "group_size": 64, **GPTQ}}]
+    yield from lines(measure, rows, by_size=True)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,9 @@ Each cell is a real run (`compress.run`) and its evaluation on held-out text. Pr
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-from table_svd import Measure
-
-Settings = dict[str, Any]
+from tables import Measure, Settings, parser, show
 
 SCORES = {"magnitude": "magnitude", "wanda": "Wanda", "nowag": "NoWag-P", "sparsegpt": "SparseGPT"}
 PATTERNS: dict[str, Settings] = {"2:4": {"pattern": "2:4"}, "50 % anywhere": {"sparsity": 0.5}}
@@ -35,24 +30,9 @@ MORE: dict[str, Settings] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help="scores, rounded, orders, patterns [default: all]")
-    parser.add_argument("--model", default="shipped", help="a folder [default: the model that ships]")
-    parser.add_argument("--dtype", default="auto", help="of the result's floats [default: as the model's]")
-    parser.add_argument("--calibration", default="shipped", help="text to calibrate on")
-    parser.add_argument("--heldout", default="shipped", help="text to measure on")
-    parser.add_argument("--length", type=int, default=256, help="tokens per row")
-    parser.add_argument("--samples", type=int, default=64, help="rows of calibration tokens")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of the held-out text")
-    parser.add_argument("--cache", type=Path, help="JSON file of cells that are known, and that grows")
-    asked = parser.parse_args()
     tables = {"scores": scores, "rounded": rounded, "orders": orders, "patterns": patterns}
-    measure = Measure(asked)
-    for name in asked.tables or tables:
-        for line in tables[name](measure):
-            print(line, flush=True)
-        print()
-    print(f"The original: perplexity {measure.original:.3f}.")
+    asked = parser(__doc__, tables).parse_args()
+    show(tables, asked.tables, Measure(asked))
 
 
 def scores(measure: Measure) -> Iterator[str]:

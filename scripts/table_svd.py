@@ -10,18 +10,10 @@ Each cell is a real run (`compress.run`) and its evaluation on held-out text. Pr
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
-import compress
-from compress.recipe import Recipe
+from tables import Measure, Settings, parser, show
 
-Settings = dict[str, Any]
 RATIOS = (0.95, 0.9, 0.8, 0.7, 0.6)
 BEST = {"allocation": "loss", "refit": 0.5}
 METHODS: dict[str, Settings] = {  # heading -> step, keep_ratio to come; ranks are uniform
@@ -54,77 +46,11 @@ ROUNDED: dict[str, Settings] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help="methods, allocations, learned, refit, rounded [default: all]")
-    parser.add_argument("--model", default="shipped", help="a folder [default: the model that ships]")
-    parser.add_argument("--dtype", default="auto", help="of the result's floats [default: as the model's]")
-    parser.add_argument("--calibration", default="shipped", help="text to calibrate on")
-    parser.add_argument("--heldout", default="shipped", help="text to measure on")
-    parser.add_argument("--length", type=int, default=256, help="tokens per row")
-    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the bytes that the linears take")
-    parser.add_argument("--samples", type=int, default=64, help="rows of calibration tokens")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of the held-out text")
-    parser.add_argument("--cache", type=Path, help="JSON file of cells that are known, and that grows")
-    asked = parser.parse_args()
     tables = {"methods": methods, "allocations": allocations, "learned": learned, "refit": refit, "rounded": rounded}
-    measure = Measure(asked)
-    for name in asked.tables or tables:
-        for line in tables[name](measure):
-            print(line, flush=True)
-        print()
-    print(f"The original: perplexity {measure.original:.3f}.")
-
-
-class Measure:
-    """Runs steps on the model and says what they lost; the same steps once."""
-
-    def __init__(self, asked: argparse.Namespace):
-        self.asked = asked
-        plan = compress.plan(self._recipe([{"rtn": {"bits": 8, "group_size": -1}}]))
-        self.n_weights, self.others = plan.n_weights, plan.bytes_total_after - plan.bytes_after
-        known = json.loads(asked.cache.read_text()) if asked.cache and asked.cache.exists() else {}
-        self._known: dict[str, Any] = known
-
-    @property
-    def original(self) -> float:
-        return next(iter(self._known.values()))["original"]
-
-    def __call__(self, *steps: Settings) -> dict[str, Any]:
-        """`cell`: perplexity / KL; `total`: bytes of all tensors; `bits`: per weight of the linears of the blocks."""
-        asked = self.asked
-        key = json.dumps([asked.model, asked.samples, asked.length, asked.max_tokens, steps])
-        if key not in self._known:
-            self._known[key] = self._run(list(steps))
-            print(f"{key}: {self._known[key]}", file=sys.stderr, flush=True)
-            if asked.cache:
-                asked.cache.write_text(json.dumps(self._known, indent=0))
-        return self._known[key]
-
-    def _recipe(self, steps: list[Settings]) -> Recipe:
-        asked = self.asked
-        rows = {"samples": asked.samples, "length": asked.length, "batch_size": max(1, 2048 // asked.length)}
-        return Recipe.from_dict(
-            {
-                "model": {"path": asked.model, "dtype": asked.dtype},
-                "calibration": {"data": asked.calibration, **rows},
-                "steps": steps,
-                "evaluation": {"data": asked.heldout, "length": asked.length, "max_tokens": asked.max_tokens},
-            }
-        )
-
-    def _run(self, steps: list[Settings]) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            result = compress.run(self._recipe(steps), Path(folder) / "out")
-        found, total = result.report["evaluation"], result.plan.bytes_total_after
-        perplexity, divergence = found["model"]["perplexity"], found["fidelity"]["kl_mean"]
-        return {
-            "cell": f"{perplexity:.{2 if perplexity < 1000 else 0}f} / {divergence:.4f}",
-            "total": total,
-            "bits": 8 * (total - self.others) / self.n_weights,
-            "original": found["reference"]["perplexity"],
-            "seconds": result.report["seconds"],
-            "peak_bytes": [result.report.get("peak_bytes"), result.report.get("predicted_peak_bytes")],
-        }
+    arguments = parser(__doc__, tables)
+    arguments.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of the bytes that the linears take")
+    asked = arguments.parse_args()
+    show(tables, asked.tables, Measure(asked))
 
 
 def with_ratio(step: Settings, ratio: float) -> Settings:
