@@ -18,6 +18,7 @@ METHODS = {  # name -> where it lives
     "gptq": "compress.methods.gptq:GPTQ",
     "prune": "compress.methods.prune:Prune",
     "armor": "compress.methods.armor:Armor",
+    "cospadi": "compress.methods.cospadi:CoSpaDi",
     "bitstack": "compress.methods.bitstack:BitStack",
     "svd": "compress.methods.svd:SVD",
     "laser": "compress.methods.laser:LASER",

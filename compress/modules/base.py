@@ -33,6 +33,7 @@ class CompressedModule(nn.Module, ABC):
 
     spec: ModuleSpec
     held: Tensor | None = None  # a dense copy for repeated forwards; neither saved nor copied nor moved
+    lent: tuple[nn.Module, ...] = ()  # parts that another module stores (`spec.lender`); not in this one's state
 
     @classmethod
     @abstractmethod
@@ -72,6 +73,19 @@ class CompressedModule(nn.Module, ABC):
         """
         assert name == "", name
         return module
+
+    @classmethod
+    def part_to_lend(cls, spec: ModuleSpec, dtype: torch.dtype) -> nn.Module:
+        """A stand-in for the lender of a module of `spec` on the meta device; `spec.borrowed` is its state, to be filled."""
+        raise NotImplementedError(f"{spec.representation} borrows nothing")
+
+    def lend(self, lender: nn.Module) -> None:
+        """Use the parts of `lender`, the module of that name or a stand-in, which `spec.borrowed` describes."""
+        raise NotImplementedError(f"{self.spec.representation} borrows nothing")
+
+    def with_lent(self, lender: nn.Module, second_moment: Tensor | None) -> CompressedModule:
+        """This module fitted anew to other parts that are lent to it, as `with_leaf` fits leaves behind a changed one."""
+        raise NotImplementedError(f"{self.spec.representation} borrows nothing")
 
     def check_stored(self, name: str) -> None:
         """Raises: CheckpointError naming the tensor of module `name` whose contents, as they were loaded, cannot be."""

@@ -20,6 +20,11 @@ class FactoredSpec(ModuleSpec):
     factors: ClassVar[tuple[str, ...]]
     rank: int
 
+    @property
+    def most(self) -> int:
+        """What `rank` can be."""
+        return min(self.in_features, self.out_features)
+
     def with_leaf(self, name: str, spec: ModuleSpec) -> FactoredSpec:
         inside = self.factor(name)
         changed = spec if inside is None else inside.with_leaf("", spec)
@@ -28,6 +33,10 @@ class FactoredSpec(ModuleSpec):
     def masked_leaves(self) -> frozenset[str]:
         inside = {name: self.factor(name) for name in self.factors}
         return frozenset(name for name, spec in inside.items() if spec is not None and "" in spec.masked_leaves())
+
+    def factor_shapes(self) -> dict[str, tuple[int, int]]:
+        """All factors; those that another module stores are no leaves of this one."""
+        return self.leaf_shapes()
 
     def factor(self, name: str) -> ModuleSpec | None:
         """How a factor is stored; None: as plain floats."""
@@ -46,8 +55,8 @@ class FactoredSpec(ModuleSpec):
     def validate(self) -> None:
         for name in ("in_features", "out_features"):
             check_whole(name, getattr(self, name), 1, MAX_FEATURES)
-        check_whole("rank", self.rank, 1, min(self.in_features, self.out_features))
-        for name, shape in self.leaf_shapes().items():
+        check_whole("rank", self.rank, 1, self.most)
+        for name, shape in self.factor_shapes().items():
             spec = self.factor(name)
             if spec is None:
                 continue

@@ -80,6 +80,22 @@ class ModuleSpec(ABC):
         """Bytes of the tensors of one level."""
         return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.level(number, float_dtype).values())
 
+    def lender(self) -> str | None:
+        """Name on disk of another module, of the same representation, some tensors of which this one uses too. It stores them."""
+        return None
+
+    def borrowed(self, float_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors that the lender stores and this module uses too, as in `tensors`; suffixes are the same in both."""
+        return {}
+
+    def borrowing(self, lender: ModuleSpec) -> ModuleSpec:
+        """This module with what it borrows as `lender` stores it. Raises: CheckpointError if that has nothing that fits."""
+        return self
+
+    def lent_by(self, name: str | None) -> ModuleSpec:
+        """This module with its lender under another name on disk."""
+        return self
+
     def nbytes(self, float_dtype: str) -> int:
         """Bytes of the stored tensors, without the bias."""
         return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.tensors(float_dtype).values())
@@ -104,6 +120,7 @@ SPECS = {  # representation -> where its spec lives
     "cur": "compress.modules.cur_spec:CURSpec",
     "sparse": "compress.modules.sparse_spec:SparseSpec",
     "armor": "compress.modules.armor_spec:ArmorSpec",
+    "dictionary": "compress.modules.dictionary_spec:DictionarySpec",
     "remapped_low_rank": "compress.modules.remapped_spec:RemappedSpec",
     "bitstack": "compress.modules.bitstack_spec:BitStackSpec",
 }
