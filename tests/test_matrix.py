@@ -47,6 +47,26 @@ CASES = [
     Case("conv1d", [{"gptq": {"bits": 4, "group_size": 32}}], model="gpt2"),
     Case("experts", [{"gptq": {"bits": 4, "group_size": 32}}], model="mixtral"),
     Case(
+        "signround",
+        [{"signround": {"bits": 3, "group_size": 32, "iterations": 3, "batch_rows": 2, "signed_scales": True}}],
+        [{"signround": {"bits": 5, "group_size": 32, "iterations": 3, "batch_rows": 2, "signed_scales": True}}],
+    ),
+    Case(
+        "signround_original_inputs_head_conv1d",
+        [
+            {
+                "signround": {"bits": 4, "group_size": 32, "iterations": 2, "inputs": "original", "symmetric": False},
+                "layers": ["*.c_*", "lm_head"],
+            }
+        ],
+        model="gpt2",
+    ),
+    Case(
+        "signround_experts",
+        [{"signround": {"bits": 4, "group_size": 32, "start": "rtn", "iterations": 2}}],
+        model="mixtral",
+    ),
+    Case(
         "dobi_svd",
         [{"dobi_svd": {"keep_ratio": 0.7, "steps": 4, "learning_rate": 0.05}}],
         [{"dobi_svd": {"keep_ratio": 0.9, "steps": 0}}],

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
     "gptq": "compress.methods.gptq:GPTQ",
+    "signround": "compress.methods.signround:SignRound",
     "prune": "compress.methods.prune:Prune",
-    "armor": "compress.methods.armor:Armor",
     "cospadi": "compress.methods.cospadi:CoSpaDi",
+    "armor": "compress.methods.armor:Armor",
     "bitstack": "compress.methods.bitstack:BitStack",
     "svd": "compress.methods.svd:SVD",
     "laser": "compress.methods.laser:LASER",

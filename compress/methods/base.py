@@ -239,7 +239,7 @@ class SiteMethod(ABC):
     `on_leaves`: whether it also works on the leaves of a module that an earlier step made (the factors of a low-rank
     layer), or on whole weights only. `keeps_masks`: whether weights that an earlier step pruned come out as 0; other methods
     are refused for pruned layers. `stacks`: its modules have levels, which are put in `order` once all blocks are done; the
-    result is a stack, of which as much is loaded as there is room for.
+    result is a stack, of which as much is loaded as there is room for. `by_blocks`: it is a `compress.methods.block.BlockMethod`.
     """
 
     name: ClassVar[str]
@@ -248,6 +248,7 @@ class SiteMethod(ABC):
     on_leaves: ClassVar[bool] = True
     keeps_masks: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
+    by_blocks: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from compress.models.architecture import Site
 from compress.models.families import module_name
 from compress.pipeline.journal import BlockEntry, Journal
 from compress.pipeline.layers import Layers
+from compress.pipeline.learning import Learner
 from compress.pipeline.meter import Stopwatch, release_free_memory
 from compress.pipeline.plan import Plan
 from compress.pipeline.progress import Progress
@@ -84,6 +85,11 @@ class Stage:
         self.watch = Stopwatch()
         self.layers = Layers(plan, self.model, compute_dtype, device)
         self.shards = Shards(plan, number, out, self.model.reader, self.watch)
+        self.learners = {
+            step.number: Learner(self, step, self._start, lambda detail: self.progress.advance(0, detail))
+            for step in self.steps
+            if step.method.by_blocks
+        }
         self.result = StageResult()
 
     # ---- the order of things
@@ -98,6 +104,8 @@ class Stage:
             hidden = self.embed_all()
             self.probe_hidden = self.model.embed(self.probe_ids)
             original = self._copy(hidden) if self.needs_original else None
+            for learner in self.learners.values():
+                learner.open()
         for index in range(architecture.n_blocks):
             start = time.perf_counter()
             if index in finished:
@@ -110,9 +118,9 @@ class Stage:
         if stores_head(self.plan):
             self._head(finished.get(architecture.n_blocks), hidden)
         self.progress.end()
-        hidden.close()
-        if original is not None:
-            original.close()
+        for states in (hidden, original, *self.learners.values()):
+            if states is not None:
+                states.close()
         self.result.seconds = self.watch.seconds
         return self.result
 
@@ -135,6 +143,9 @@ class Stage:
     # ---- one block
 
     def _compress_block(self, index: int, hidden: HiddenStates, original: HiddenStates | None) -> None:
+        with self.watch("forward"):
+            for learner in self.learners.values():
+                learner.advance(index)
         with self.watch("read"):
             block = self.model.load_block(index)
         self.model.check_finite(index)
@@ -153,6 +164,8 @@ class Stage:
         expected = self.model.call_block(block, index, self.probe_hidden)
         self.model.unload_block(index)
         del block, unchanged, stream
+        for learner in self.learners.values():
+            learner.leave(index)
         release_free_memory()
         if not hidden.finite:
             raise NumericsError(
@@ -176,6 +189,8 @@ class Stage:
         before: dict[str, Outcome],
     ) -> dict[str, Outcome]:
         """What one step makes of its layers in the block. `before`: what the steps before it made."""
+        if step.method.by_blocks:
+            return self._learn(block, index, step, hidden, last, before)
         sites = [s for s in self.plan.architecture.sites(index) if any(n in step.configs for n in s.linears)]
         outcomes: dict[str, Outcome] = {}
         if not sites or not step.needs_data:
@@ -212,6 +227,31 @@ class Stage:
             if last:
                 run.finish()
         return outcomes
+
+    def _learn(
+        self,
+        block: nn.Module,
+        index: int,
+        step: StepPlan,
+        hidden: HiddenStates,
+        last: bool,
+        before: dict[str, Outcome],
+    ) -> dict[str, Outcome]:
+        with self.watch(step.method.name):
+            outcomes = self.learners[step.number].learn(block, index, hidden, before)
+        self._check(step, outcomes)
+        for name, outcome in outcomes.items():
+            self.model.skeleton.replace(name, self.layers.running(name, outcome.module))
+        if last:
+            with self.watch("forward"):
+                self.propagate(block, index, hidden)
+        return outcomes
+
+    def _start(
+        self, block: nn.Module, index: int, step: StepPlan, hidden: HiddenStates, before: Mapping[str, Outcome]
+    ) -> dict[str, Outcome]:
+        """What a step that learns starts from: the layers as another method rounds them, site by site."""
+        return self._step(block, index, step, hidden, None, False, dict(before))
 
     def places(self, site: Site, step: StepPlan) -> list[Place]:
         return [self._place(name) for name in site.linears if name in step.configs]
@@ -258,13 +298,17 @@ class Stage:
                 self.layers.float_dtype,
                 lambda purpose: self.generator(step, site.name, purpose),
                 lambda detail: self.progress.advance(0, detail),
+                continuous=step.starts,
             )
+        self._check(step, outcomes)
+        return outcomes
+
+    def _check(self, step: StepPlan, outcomes: dict[str, Outcome]) -> None:
         for name, outcome in outcomes.items():
             planned = step.specs[name]
             assert outcome.module.spec == planned, f"{name}: {outcome.module.spec} where {planned} was planned"
             for note in outcome.notes:
                 self.progress.note(f"{name}: {note}")
-        return outcomes
 
     def generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator:
         """Randomness that depends on the seed and the place only, so that a resumed run draws the same."""
@@ -292,6 +336,8 @@ class Stage:
                 block = self.model.load_block(index)
                 self.propagate(block, index, original)
                 self.model.unload_block(index)
+            for learner in self.learners.values():
+                learner.replayed(index)
             entry = self.journal.finished(self.number)[index]
             with CheckpointReader(self.out, read_header(self.out / entry.file)) as reader:
                 block = self.model.load_block(index, reader, self.plan.specs)

@@ -30,7 +30,8 @@ Weights = Mapping[str, "tuple[Site, LayerShape]"]  # every layer on disk: its si
 class StepPlan:
     """One step: its method, the configuration of each layer it applies to, and what each is stored as behind it.
 
-    `kept`: layers that were asked for and that the method leaves as they are, with the reason.
+    `kept`: layers that were asked for and that the method leaves as they are, with the reason. `starts`: another step learns
+    on from what this one makes.
     """
 
     number: int
@@ -40,6 +41,7 @@ class StepPlan:
     needs_data: bool
     needs_original: bool
     kept: dict[str, str] = field(default_factory=dict)
+    starts: bool = False
 
 
 def plan_steps(
@@ -167,6 +169,9 @@ def _plan_step(
         name, reason = next(iter(kept.items()))
         raise RecipeError(f"{where}: no layer would change; {name}: {reason}")
     used = {name: config for name, config in configs.items() if name in specs}
+    if method.by_blocks:
+        with naming(where):
+            method.window(used)  # type: ignore[attr-defined]
     needs_data = any(method.needs_tokens(config) for config in used.values())
     return StepPlan(number, method, used, specs, needs_data, needs_original, kept)
 

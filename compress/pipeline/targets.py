@@ -40,6 +40,7 @@ def compress_targets(
     scale_dtype: torch.dtype,
     generator: Callable[[str], torch.Generator],
     tell: Callable[[str], None],
+    continuous: bool = False,
 ) -> dict[str, Outcome]:
     """Layer name -> what the step made of it.
 
@@ -47,6 +48,7 @@ def compress_targets(
         statistics: of the input that all targets share.
         generator: randomness for a purpose.
         tell: takes a line about what goes on inside the step.
+        continuous: whether `Outcome.continuous` is wanted.
 
     Raises: NumericsError naming layer and step.
     """
@@ -61,7 +63,7 @@ def compress_targets(
             shared = None if statistics is None else statistics.mapped(group[0].leaf.input_map)
             where = site if group is together else group[0].layer.name
             purpose = "compress" if where == site else f"compress/{where}"
-            task = SiteTask(where, tuple(job.layer for job in group), tell)
+            task = SiteTask(where, tuple(job.layer for job in group), tell, continuous)
             done = step.method.compress(task, shared, generator(purpose))
             for job in group:
                 job.work.take(job.name, done[job.layer.name], second_moment)
@@ -85,6 +87,7 @@ class _Work:
     leaves: list[str] = field(default_factory=list)  # those that the method compresses, in data order
     report: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    continuous: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.module = self.target.module
@@ -114,10 +117,11 @@ class _Work:
             self.module = self.module.with_leaf(leaf, outcome.module, second_moment)
         self.report |= {leaf_name(leaf, key) if leaf else key: value for key, value in outcome.report.items()}
         self.notes += [f"{leaf}: {note}" if leaf else note for note in outcome.notes]
+        self.continuous = outcome.continuous if leaf == "" else None
 
     def outcome(self) -> Outcome:
         assert self.module is not None
-        return Outcome(self.module, self.report, self.notes)
+        return Outcome(self.module, self.report, self.notes, continuous=self.continuous)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,293 @@
+"""The loop that learns roundings: shared by the methods that differ in what they learn and over how many blocks.
+
+A layer of the window is a `LearnedLinear`: it holds what it started from and what is learned, and runs with the weight that
+the present values give. Signs of gradients move offsets and factors, by a step that falls linearly to 0:
+
+    V -= lr_t sign(dL/dV),  c -= range_lr_t sign(dL/dc),   lr_t = lr (1 - t / T)
+
+Kept is the best of three candidates, the start, the iterate with the least loss on its own rows, and the last one, judged on
+one fixed set of calibration rows: a lucky batch cannot win, and the result is never worse than the start on that set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compress.errors import NumericsError
+from compress.linalg.learned_rounding import (
+    FACTOR_RANGE,
+    Start,
+    hard_offset,
+    learned_codes,
+    learned_grid,
+    regulariser,
+    rounded,
+    soft_start,
+    softly_rounded,
+    undecided,
+)
+from compress.methods.block import WindowTask
+
+JUDGED_ROWS = 64  # of calibration, on which the candidates are compared
+SHOWN = 20  # lines of progress per window
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast. `lr` and `range_lr` are the first steps of V and c; `trim` is the fraction of the largest errors
+    of a batch that count nothing; `batch_rows` rows are run in each iteration."""
+
+    iterations: int
+    lr: float
+    range_lr: float
+    batch_rows: int
+    trim: float
+    original_inputs: bool
+    half: bool
+
+
+class LearnedLinear(nn.Module):
+    """x @ W'.T + bias, W' as the present offsets and factors round it."""
+
+    def __init__(self, start: Start, bias: Tensor | None):
+        super().__init__()
+        self.start, self.bias = start, bias
+        self.out_features, self.in_features = start.weight.shape
+        self.offset = torch.zeros_like(start.grouped()).requires_grad_()
+        self.factor = torch.ones_like(start.scale()).requires_grad_()
+        self.frozen: Tensor | None = None
+
+    def learned(self) -> Tensor:
+        return rounded(self.start, self.offset, self.factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.learned() if self.frozen is None else self.frozen
+        return functional.linear(x, weight.to(x.dtype), self.bias)
+
+    def copy(self) -> tuple[Tensor, ...]:
+        return (self.offset.detach().clone(), self.factor.detach().clone())
+
+    def put(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            self.offset.copy_(values[0])
+            self.factor.copy_(values[1])
+
+    def final(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scale and zero points to be stored."""
+        with torch.no_grad():
+            grid = learned_grid(self.start, self.factor)
+            codes = learned_codes(self.start, self.offset, self.factor)
+        return codes, grid.scale, grid.zero_point  # type: ignore[return-value]
+
+
+class SoftLinear(LearnedLinear):
+    """The same, with each weight between its neighbours until `harden` (AdaRound); the scale stays as it is."""
+
+    def __init__(self, start: Start, bias: Tensor | None):
+        super().__init__(start, bias)
+        self.offset.requires_grad_(False)
+        self.factor.requires_grad_(False)
+        self.variable: Tensor | None = soft_start(start).requires_grad_()
+
+    def learned(self) -> Tensor:
+        return super().learned() if self.variable is None else softly_rounded(self.start, self.variable)
+
+    def harden(self) -> float:
+        """Every weight to the neighbour it has chosen. Returns the fraction that had not chosen."""
+        assert self.variable is not None
+        with torch.no_grad():
+            self.offset.copy_(hard_offset(self.start, self.variable))
+        left, self.variable = undecided(self.variable.detach()), None
+        return left
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(output, target), both [rows, length, hidden_size] -> a number, differentiable in the output."""
+
+
+def squared_error(output: Tensor, target: Tensor, trim: float = 0.0) -> Tensor:
+    """Mean over everything of the squared difference; the largest `trim` of the differences count nothing."""
+    squares = (output.float() - target.float()).square()
+    if trim > 0:
+        n = squares.numel()
+        bound = squares.detach().flatten().kthvalue(max(1, n - int(n * trim))).values
+        squares = squares * (squares.detach() <= bound)
+    return squares.mean()
+
+
+def batches(lengths: Sequence[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Rows to run together, for ever: all are visited in an order drawn anew each time; those of a batch have one length."""
+    by_length: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(row)
+    while True:
+        drawn = []
+        for rows in by_length.values():
+            order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+            take = min(size, len(order))
+            drawn += [order[first : first + take] for first in range(0, len(order) - take + 1, take)]
+        for place in torch.randperm(len(drawn), generator=generator).tolist():
+            yield drawn[place]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Losses on the judged rows: of the start and of what was kept; which candidate that is."""
+
+    start: float
+    kept: float
+    which: str
+
+
+def learn_signs(
+    task: WindowTask,
+    modules: Mapping[str, LearnedLinear],
+    schedule: Schedule,
+    loss: Loss,
+    generator: torch.Generator,
+) -> Figures:
+    """Learn the offsets and factors of `modules`, which are in the window's place while this lasts.
+
+    Raises: NumericsError if the loss is not finite.
+    """
+    with task.replaced(modules):
+        first = _judged(task, modules, schedule, loss)
+        if not math.isfinite(first):
+            raise NumericsError(f"{task.name}: its output is not finite before anything is learned; use more bits")
+        start = [module.copy() for module in modules.values()]
+        if schedule.iterations == 0:
+            return Figures(first, first, "start")
+        best = _descend(task, modules, schedule, loss, generator)
+        candidates = {"last": [module.copy() for module in modules.values()], "best": best}
+        losses = {"start": first}
+        for which, values in candidates.items():
+            _put(modules, values)
+            losses[which] = _judged(task, modules, schedule, loss)
+        which = min(losses, key=lambda name: (losses[name], name))
+        _put(modules, {"start": start, **candidates}[which])
+    return Figures(first, losses[which], which)
+
+
+ADAM_LR = 1e-3  # AdaRound's code
+REGULARISER = 0.01  # lambda there, for losses summed over features
+BETAS = (20.0, 2.0)
+WARM_UP = 0.2  # of the iterations, without the regulariser
+
+
+def learn_soft(
+    task: WindowTask, modules: Mapping[str, SoftLinear], schedule: Schedule, loss: Loss, generator: torch.Generator
+) -> tuple[Figures, float]:
+    """AdaRound: Adam on the soft roundings, then every weight goes to the neighbour it has chosen. The start is kept if it is
+    better. Returns the figures, and the fraction of weights that had not chosen."""
+    with task.replaced(modules):
+        variables = [module.variable for module in modules.values() if module.variable is not None]
+        kept, start = [module.variable for module in modules.values()], [module.copy() for module in modules.values()]
+        for module in modules.values():
+            module.variable = None
+        first = _judged(task, modules, schedule, loss)
+        for module, variable in zip(modules.values(), kept, strict=True):
+            module.variable = variable
+        optimizer = torch.optim.Adam(variables, lr=ADAM_LR if schedule.lr == 0 else schedule.lr)
+        drawn = batches(task.rows.lengths, schedule.batch_rows, generator)
+        for iteration in range(schedule.iterations):
+            progress = iteration / schedule.iterations
+            value = _loss(task, next(drawn), schedule, loss)
+            if not math.isfinite(float(value)):
+                raise NumericsError(f"{task.name}: the loss of iteration {iteration} is {float(value)}; use more bits")
+            width = task.rows.targets([0]).shape[-1]
+            if progress >= WARM_UP:
+                beta = BETAS[0] + (BETAS[1] - BETAS[0]) * (progress - WARM_UP) / (1 - WARM_UP)
+                with torch.enable_grad():  # the loss is a mean over features, lambda is for a sum
+                    value = value + REGULARISER / width * sum(regulariser(v, beta) for v in variables)
+            gradients = torch.autograd.grad(value, variables, allow_unused=True)
+            for variable, gradient in zip(variables, gradients, strict=True):
+                variable.grad = gradient
+            optimizer.step()
+            if (iteration + 1) % max(1, schedule.iterations // SHOWN) == 0:
+                task.tell(f"{task.name}: {iteration + 1} of {schedule.iterations}, loss {float(value):.4g}")
+        sizes = [module.offset.numel() for module in modules.values()]
+        left = sum(module.harden() * n for module, n in zip(modules.values(), sizes, strict=True)) / sum(sizes)
+        last = _judged(task, modules, schedule, loss)
+        if last >= first:
+            _put(modules, start)
+    return Figures(first, min(first, last), "last" if last < first else "start"), left
+
+
+def _put(modules: Mapping[str, LearnedLinear], values: Sequence[Sequence[Tensor]]) -> None:
+    for module, own in zip(modules.values(), values, strict=True):
+        module.put(own)
+
+
+def _descend(
+    task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Schedule, loss: Loss, generator: torch.Generator
+) -> list[tuple[Tensor, ...]]:
+    """Returns the iterate with the least loss on its own batch."""
+    learned = [p for module in modules.values() for p in (module.offset, module.factor) if p.requires_grad]
+    drawn = batches(task.rows.lengths, schedule.batch_rows, generator)
+    best, least = [module.copy() for module in modules.values()], math.inf
+    for iteration in range(schedule.iterations):
+        value = _loss(task, next(drawn), schedule, loss)
+        number = float(value)
+        if not math.isfinite(number):
+            raise NumericsError(
+                f"{task.name}: the loss of iteration {iteration} is {number}; lower lr or use more bits"
+            )
+        if number < least:
+            best, least = [module.copy() for module in modules.values()], number
+        gradients = torch.autograd.grad(value, learned, allow_unused=True)
+        share = 1 - iteration / schedule.iterations
+        with torch.no_grad():
+            for parameter, gradient in zip(learned, gradients, strict=True):
+                if gradient is None:  # an expert that no token of the batch reached
+                    continue
+                if parameter.shape[-1] == 1 and _is_factor(parameter, modules):
+                    parameter.sub_(gradient.sign_(), alpha=schedule.range_lr * share).clamp_(*FACTOR_RANGE)
+                else:
+                    parameter.sub_(gradient.sign_(), alpha=schedule.lr * share).clamp_(-0.5, 0.5)
+        if (iteration + 1) % max(1, schedule.iterations // SHOWN) == 0:
+            task.tell(f"{task.name}: {iteration + 1} of {schedule.iterations}, loss {number:.4g}")
+    return best
+
+
+def _is_factor(parameter: Tensor, modules: Mapping[str, LearnedLinear]) -> bool:
+    return any(parameter is module.factor for module in modules.values())
+
+
+def _loss(task: WindowTask, rows: list[int], schedule: Schedule, loss: Loss) -> Tensor:
+    x = task.rows.inputs(rows, original=schedule.original_inputs)
+    with torch.enable_grad(), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=schedule.half):
+        output = task.run(x)
+    with torch.enable_grad():
+        return loss(output, task.rows.targets(rows))
+
+
+def _judged(task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Schedule, loss: Loss) -> float:
+    """The mean loss on the judged rows, in float32, on the inputs that the window really has."""
+    n = len(task.rows.lengths)
+    judged = list(range(0, n, max(1, n // JUDGED_ROWS)))[:JUDGED_ROWS]
+    total = tokens = 0.0
+    with torch.no_grad():
+        for module in modules.values():
+            module.frozen = module.learned()
+        for rows in _alike(judged, task.rows.lengths, schedule.batch_rows):
+            weight = sum(task.rows.lengths[row] for row in rows)
+            total += float(loss(task.run(task.rows.inputs(rows)), task.rows.targets(rows))) * weight
+            tokens += weight
+        for module in modules.values():
+            module.frozen = None
+    return total / tokens
+
+
+def _alike(rows: list[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    by_length: dict[int, list[int]] = {}
+    for row in rows:
+        by_length.setdefault(lengths[row], []).append(row)
+    for alike in by_length.values():
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size]
