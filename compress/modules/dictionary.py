@@ -78,7 +78,7 @@ class DictionaryLinear(FactoredLinear):
         return self.lent[0] if self.lent else self.get_submodule(LEAF)
 
     def factors(self) -> list[nn.Module]:
-        return [self.atoms, self.codes]
+        return [*self.lent, *(self.get_submodule(name) for name in self.spec.leaf_shapes())]
 
     @classmethod
     def part_to_lend(cls, spec: ModuleSpec, dtype: torch.dtype) -> nn.Module:
