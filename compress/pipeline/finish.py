@@ -16,6 +16,7 @@ from compress.checkpoint.description import guard, quantization_config
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.side_files import copy_file, side_files
+from compress.checkpoint.stack import open_stack
 from compress.checkpoint.stream import StreamedModel
 from compress.checkpoint.writer import write_json, write_text
 from compress.errors import CheckpointError
@@ -60,6 +61,9 @@ def check_logits(
     infos = {}
     for number in range(n_shards(plan)):
         infos.update(read_header(out / shard_name(plan, number)))
+    stack = open_stack(out, plan.specs)
+    if stack is not None:
+        infos |= stack.infos(stack.available)
     with CheckpointReader(out, infos) as reader:
         finished = StreamedModel(
             work, stage_model.dtype, stage_model.device, reader=reader, specs=plan.specs,
@@ -98,7 +102,7 @@ def write_index(plan: Plan, out: Path) -> None:
 
 
 def result_files(plan: Plan, source: Path) -> list[str]:
-    """Every file of the finished folder, but the report."""
+    """Every file of the finished folder, but the report and the stack's."""
     shards = [shard_name(plan, number) for number in range(n_shards(plan))]
     return sorted([*shards, index_name(plan), *side_files(source), "recipe.yaml", "README.md", "config.json"])
 

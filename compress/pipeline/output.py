@@ -16,6 +16,7 @@ from typing import Any
 from compress.checkpoint.headers import read_json
 from compress.checkpoint.result import REPORT as REPORT
 from compress.checkpoint.result import WORK_FOLDER as WORK_FOLDER
+from compress.checkpoint.stack import STACK
 from compress.checkpoint.writer import PARTIAL, write_json, writing
 from compress.errors import CheckpointError, RecipeError
 from compress.report import PAGE as PAGE
@@ -23,8 +24,8 @@ from compress.report import PAGE as PAGE
 FILES = "files.json"
 OBSERVED = "observed-"  # + a step's number: what was settled before the first block
 CONFIG = "config.json"
-SHARD = re.compile(r"(model|compress)-\d{5}-of-\d{5}\.safetensors")
-INDEXES = ("model.safetensors.index.json", "compress.safetensors.index.json")
+SHARD = re.compile(r"(model|compress|stack)-\d{5}-of-\d{5}\.safetensors")
+INDEXES = ("model.safetensors.index.json", "compress.safetensors.index.json", STACK)
 
 
 def check_output(folder: Path, model: str) -> None:

@@ -64,6 +64,27 @@ class Plan:
         return described(self.source_specs, self.layers)
 
     @property
+    def stacked(self) -> dict[str, ModuleSpec]:
+        """The layers whose levels behind the first are written as a stack."""
+        found: dict[str, ModuleSpec] = {}
+        for step in (step for stage in self.stages for step in stage):
+            for name, spec in step.specs.items():
+                found.pop(name, None)
+                if step.method.stacks and spec.n_levels > 1:
+                    found[name] = spec
+        return found
+
+    @property
+    def stack_levels(self) -> list[dict[str, int]]:
+        """What each level of the stacked layers adds: in how many of them, how many bytes. The first is not optional."""
+        specs = self.stacked.values()
+        levels = []
+        for level in range(max((spec.n_levels for spec in specs), default=0)):
+            sizes = [spec.level_bytes(level, self.float_dtype) for spec in specs if spec.n_levels > level]
+            levels.append({"level": level + 1, "layers": len(sizes), "bytes": sum(sizes)})
+        return levels
+
+    @property
     def bytes_before(self) -> int:
         return sum(layer.bytes_before for layer in self.layers.values())
 
@@ -103,6 +124,7 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "bytes_total_before": self.bytes_total_before,
             "bytes_total_after": self.bytes_total_after,
+            "stack": self._stack(),
             "predicted_peak_bytes": self.peak_bytes,
             "predicted_seconds": self.seconds,
             "warnings": list(self.warnings),
@@ -110,6 +132,20 @@ class Plan:
                 {**asdict(layer), "spec": layer.spec.to_dict(), "bits_per_weight": layer_bits(layer)}
                 for layer in self.layers.values()
             ],
+        }
+
+    def _stack(self) -> dict[str, Any] | None:
+        """`minimum`: bytes of the smallest model, every layer at its first level."""
+        levels = self.stack_levels
+        if not levels:
+            return None
+        minimum = self.bytes_total_after - sum(level["bytes"] for level in levels[1:])
+        weights = sum(spec.in_features * spec.out_features for spec in self.stacked.values())
+        bits = [8 * sum(level["bytes"] for level in levels[:n]) / weights for n in range(1, len(levels) + 1)]
+        return {
+            "minimum": minimum,
+            "maximum": self.bytes_total_after,
+            "levels": [{**level, "bits_per_weight": so_far} for level, so_far in zip(levels, bits, strict=True)],
         }
 
 

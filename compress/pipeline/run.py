@@ -143,6 +143,7 @@ def _run_locked(
     planned: Plan, folder: Path, machine: Machine, overwrite: bool, progress: Progress, meter: Meter
 ) -> RunResult:
     from compress.pipeline.finish import result_files
+    from compress.pipeline.stacking import stack_files
 
     header = work_header(planned)
     stored = None if overwrite else finished_report(folder, header)
@@ -166,7 +167,8 @@ def _run_locked(
             details = _compress(planned, source, folder, journal, batches, machine, progress)
     details["calibration_tokens"] = sum(ids.numel() for ids in batches) if planned.needs_data else 0
     evaluation = _evaluate(planned, source, folder, machine, progress, meter)
-    report = build_report(planned, folder, header, details, evaluation, meter, result_files(planned, source))
+    names = [*result_files(planned, source), *stack_files(folder)]
+    report = build_report(planned, folder, header, details, evaluation, meter, names)
     write_report(folder, report, progress)
     leave(folder)
     return RunResult(folder, planned, report)
@@ -213,8 +215,13 @@ def _finished_details(planned: Plan, folder: Path, journal: Journal, progress: P
     config = folder / CONFIG
     if not config.exists():
         return None
-    parts = part_numbers(planned)
-    trusted = journal.trusted(len(planned.stages) - 1, parts, progress.note)
+    from compress.pipeline.stacking import finished_stack
+
+    parts, last = part_numbers(planned), len(planned.stages) - 1
+    if planned.stacked:  # what the pass left is gone by now
+        trusted = journal.finished(last) if finished_stack(planned, journal, progress.note) else {}
+    else:
+        trusted = journal.trusted(last, parts, progress.note)
     if len(trusted) < len(parts):
         config.unlink()
         return None
@@ -258,19 +265,45 @@ def _compress(
     progress: Progress,
 ) -> dict[str, Any]:
     from compress.pipeline.finish import check_logits, finish, finished_config
+    from compress.pipeline.stacking import drop_staged, write_stack
     from compress.pipeline.stage import Stage
 
     device, dtype = compute_place(planned, machine)
-    stage = Stage(planned, 0, source, folder, journal, batches, dtype, device, activation_limit(machine), progress)
+    rows = _rows_to_order_by(planned, source)  # before the pass: there may be too few
+    limit = activation_limit(machine)
+    stage = Stage(planned, 0, source, folder, journal, batches, dtype, device, limit, progress)
     result = stage.run()
-    progress.begin("check", 1, "model")
     config = finished_config(planned)
+    if planned.stacked:
+        with stage.watch("order and stack"):
+            write_stack(planned, config, folder, journal, rows, result.layers, dtype, device, limit, progress)
+    progress.begin("check", 1, "model")
     with stage.watch("final check"):
         check_logits(planned, config, folder, stage.probe_ids, stage.probe_hidden, stage.model)
     finish(planned, source, folder, config)
     progress.end()
     stage.model.close()
+    if planned.stacked:
+        drop_staged(planned, folder)
     return {"layers": result.layers, "activities": result.seconds, "replayed_blocks": result.replayed_blocks}
+
+
+def _rows_to_order_by(planned: Plan, source: Path) -> list[Any]:
+    """Rows of another draw than the calibration's, for a stack whose order is found on data."""
+    from compress.pipeline.stacking import stack_method
+
+    if not planned.stacked:
+        return []
+    method, configs = stack_method(planned)
+    rows = method.order_rows(configs)
+    if not rows:
+        return []
+    calibration = planned.recipe.calibration
+    other = calibration.model_copy(update={"seed": calibration.seed + 1, "samples": rows})
+    with naming(f"{method.name}: the rows that the order is found on"):
+        return calibration_batches(
+            replace(planned, recipe=planned.recipe.model_copy(update={"calibration": other})), source
+        )
 
 
 def _fingerprint(batches: list[Any]) -> str:
@@ -346,8 +379,10 @@ def check_room(planned: Plan, folder: Path, progress: Progress) -> None:
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    present = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    needed = int(planned.bytes_total_after * (1 + DISK_SHARE)) + DISK_SLACK - present
+    found = [*folder.glob("*.safetensors"), *(folder / WORK_FOLDER).glob("*.safetensors")]
+    present = sum(f.stat().st_size for f in found)
+    copies = 2 if planned.stacked else 1  # a stack is written from the files of the pass
+    needed = int(copies * planned.bytes_total_after * (1 + DISK_SHARE)) + DISK_SLACK - present
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(

@@ -13,6 +13,7 @@ from compress.methods.base import Outcome
 from compress.pipeline.journal import BlockEntry, sha256_of
 from compress.pipeline.layers import as_stored
 from compress.pipeline.meter import Stopwatch
+from compress.pipeline.output import WORK_FOLDER
 from compress.pipeline.plan import Plan
 from compress.pipeline.plan_result import OWN
 
@@ -23,6 +24,12 @@ def shard_name(plan: Plan, number: int) -> str:
     """The file of part `number`: 0 is everything before block 0, then the blocks, then the head."""
     stem = "compress" if plan.format == OWN else "model"
     return f"{stem}-{number + 1:05d}-of-{n_shards(plan):05d}.safetensors"
+
+
+def staged_name(plan: Plan, number: int) -> str:
+    """Where the pass leaves part `number`: of a stack, which is written from these files, in the work folder."""
+    name = shard_name(plan, number)
+    return f"{WORK_FOLDER}/{name}" if plan.stacked else name
 
 
 def n_shards(plan: Plan) -> int:
@@ -70,7 +77,7 @@ class Shards:
                 tensors[f"{name}.{suffix}"] = from_tensor(tensor)
             self._check_bytes(name, tensors)
             layers[name] = {**outcome.report, "notes": outcome.notes}
-        file = shard_name(self.plan, part + 1)
+        file = staged_name(self.plan, part + 1)
         with self.watch("write"):
             nbytes = write_safetensors(self.out / file, tensors)
         return BlockEntry(self.number, part, file, nbytes, sha256_of(self.out / file), layers)
