@@ -84,10 +84,12 @@ def short(planned: Plan) -> Any:
     if planned.layers:
         replaced = change(planned.bytes_before, planned.bytes_after)
         rows.append(("replaced", f"{replaced}, {planned.bits_per_weight:.3f} bits per weight"))
+    disk = f"{human_bytes(planned.bytes_kept)} of matrices until the run is finished, beside the result"
     rows += [
         ("all tensors", change(planned.bytes_total_before, planned.bytes_total_after)),
         ("format", f"{planned.format}: {planned.format_reason}"),
         ("peak memory", f"about {human_bytes(planned.peak_bytes)}"),
+        *([("disk", disk)] if planned.bytes_kept else []),
         ("time", f"about {human_time(planned.seconds)}, by the speed of this machine's CPU just now"),
     ]
     return pairs(rows)

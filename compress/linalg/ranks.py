@@ -236,6 +236,21 @@ def spend(layers: Sequence[Candidate], budget: int) -> list[int | None]:
     return [layer.ranks[step] for layer, step in zip(layers, at, strict=True)]
 
 
+def check_budget(budget: int, least: int, dense: int, multiples: Sequence[int]) -> None:
+    """Raises: RecipeError, with the fraction that works, where the least ranks take more than the budget.
+
+    Args:
+        budget, least, dense: bytes of all layers: allowed, at their least ranks, and in 16 bits.
+        multiples: what the rank of each layer is a multiple of.
+    """
+    if least > budget:
+        each, ratio = ", ".join(map(str, sorted(set(multiples)))), math.ceil(1e4 * least / dense) / 1e4
+        raise RecipeError(
+            f"a budget of {budget:,} bytes cannot be met: {len(multiples)} layers at their least ranks (a multiple of {each}) "
+            f"take {least:,}; use a keep_ratio of at least {ratio:g}, smaller groups, or leave layers out"
+        )
+
+
 def choose(choices: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[int]:
     """One of its choices for each layer, with little loss in all for at most `budget` bytes.
 

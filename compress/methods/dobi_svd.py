@@ -34,6 +34,7 @@ Source: Dobi-SVD, Wang et al., 2025, arXiv:2502.02723.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -47,9 +48,20 @@ from compress.linalg.finite import all_finite
 from compress.linalg.incremental_pca import output_basis
 from compress.linalg.low_rank import decompose, factors
 from compress.linalg.quadratic import row_energy
-from compress.linalg.ranks import rounded_rank
+from compress.linalg.ranks import check_budget, rounded_rank
 from compress.linalg.remap import remap
-from compress.methods.base import Extent, Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask, View
+from compress.methods.base import (
+    Extent,
+    Kept,
+    Layer,
+    LayerShape,
+    MethodConfig,
+    Outcome,
+    SiteMethod,
+    SiteTask,
+    Sizes,
+    View,
+)
 from compress.methods.rtn import check_weight
 from compress.methods.svd import EIGEN_FLOPS, SVD
 from compress.methods.whole_model import backward_bytes
@@ -128,6 +140,14 @@ class DobiSVD(SiteMethod):
     @classmethod
     def observes(cls, config: DobiSVDConfig) -> bool:
         return config.rank is None
+
+    @classmethod
+    def foresee(cls, shapes: Mapping[str, LayerShape], configs: dict[str, Any], nbytes: Sizes) -> None:
+        """A layer takes a rank of its multiple at least, or as many bytes as it has."""
+        sizes = {name: dense_bytes(shapes[name]) for name in configs}
+        least = sum(min(c.rank_multiple * rank_bytes(shapes[n], c), sizes[n]) for n, c in configs.items())
+        budget = sum(budget_of(shapes[name], config) for name, config in configs.items())
+        check_budget(budget, least, sum(sizes.values()), [config.rank_multiple for config in configs.values()])
 
     @classmethod
     def observe(cls, view: View, configs: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Rewrite:
         blocks: numbers of the blocks that stay, in order; None: all. They are numbered anew; `tensors` has the old names.
         untied: the head gets a weight of its own, which `tensors` has.
         structure: how the model's modules differ from what its config.json says.
+        mark: what config.json is to remember of the rewrite, for rewrites to come (`ModelShape.marks`).
         note: a line for the plan: what was done.
         warnings: of the plan.
     """
@@ -47,6 +48,7 @@ class Rewrite:
     blocks: tuple[int, ...] | None = None
     untied: bool = False
     structure: Structure = field(default_factory=Structure)
+    mark: tuple[str, ...] = ()
     note: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -65,6 +67,7 @@ class ModelShape:
         nbytes: of every tensor.
         float_bytes: of a float as the result stores it.
         compressed: names of modules that are compressed already (`ModelMethod.on_compressed`).
+        marks: what rewrites before, in whatever run, left to be remembered, by the name of their method.
     """
 
     title: str
@@ -76,6 +79,7 @@ class ModelShape:
     nbytes: Mapping[str, int] = field(default_factory=dict)
     float_bytes: int = 2
     compressed: frozenset[str] = frozenset()
+    marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def n_blocks(self) -> int:
@@ -213,6 +217,11 @@ class ModelMethod(ABC):
     @classmethod
     def observation_bytes(cls, extent: Extent, config: Any) -> int:
         """Peak bytes of `observe`, beyond one block and the hidden states."""
+        return 0
+
+    @classmethod
+    def kept_bytes(cls, model: ModelShape, config: Any) -> int:
+        """Bytes of the matrices that `observe` keeps, which lie on disk until the run is finished."""
         return 0
 
     @classmethod

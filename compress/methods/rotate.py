@@ -43,6 +43,7 @@ from compress.models.structure import Structure
 Kind = Literal["hadamard", "orthogonal", "none"]
 
 SITES = {"mlp": "mlp_out", "attention": "attn_out"}  # a branch -> the kind of its last site
+LEARNED_BYTES = 8  # of an entry of a rotation that was learned
 HADAMARD_FLOPS = 100  # per entry: twice the sum of the small orders of most widths
 
 
@@ -114,6 +115,12 @@ class Rotate(ModelMethod):
     @classmethod
     def rewrite(cls, model: ModelShape, config: RotateConfig, found: Found) -> Rewrite:
         stream = model.stream()
+        merged = tuple(name for name, kind in (("r1", config.r1), ("r2", config.r2)) if kind != "none")
+        for name in merged:
+            if name in model.marks.get(cls.name, ()):
+                raise RecipeError(
+                    f"{name}: it is in another basis already, which rotate gave it; begin with the original, or set {name}=none"
+                )
         if config.observing:
             from compress.methods.rotate_learning import check
 
@@ -135,7 +142,7 @@ class Rotate(ModelMethod):
                 *([_untied(model, stream)] if untied else []),
             ]
         )
-        return Rewrite(tensors, untied=untied, structure=structure, note=note)
+        return Rewrite(tensors, untied=untied, structure=structure, mark=merged, note=note)
 
     @classmethod
     def observes(cls, config: RotateConfig) -> bool:
@@ -154,6 +161,16 @@ class Rotate(ModelMethod):
         from compress.methods.rotate_learning import learning_bytes
 
         return learning_bytes(extent, config)
+
+    @classmethod
+    def kept_bytes(cls, model: ModelShape, config: RotateConfig) -> int:
+        """What was learned."""
+        if not config.learn:
+            return 0
+        stream = model.stream()
+        r1 = stream.size**2 if config.r1 != "none" else 0
+        r2 = sum(heads.head_dim**2 for heads in stream.heads) if config.r2 != "none" else 0
+        return LEARNED_BYTES * (r1 + r2)
 
     @classmethod
     def observation_flops(cls, extent: Extent, config: RotateConfig) -> float:

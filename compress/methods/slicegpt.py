@@ -184,6 +184,13 @@ class SliceGPT(ModelMethod):
         return 8 * (6 * n * n + 2 * extent.batch_tokens * n)  # moment, eigenvectors, workspace, Q; a batch in float64
 
     @classmethod
+    def kept_bytes(cls, model: ModelShape, config: SliceGPTConfig) -> int:
+        """A basis for each norm: two in a block, one behind the last."""
+        stream = sliceable(model)
+        width = width_of(model, stream, config)
+        return 4 * stream.size * (2 * model.n_blocks * width + last_width_of(stream, config, width))
+
+    @classmethod
     def observation_flops(cls, extent: Extent, config: SliceGPTConfig) -> float:
         n = extent.hidden_size
         norms = 2 * extent.n_blocks + 1

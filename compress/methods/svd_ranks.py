@@ -36,7 +36,17 @@ from compress.calibration.statistics import SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
 from compress.linalg.low_rank import directions, spectrum
 from compress.linalg.quadratic import row_energy
-from compress.linalg.ranks import Array, Candidate, Rule, candidate, lorap_ranks, proportional, spend, uniform_rank
+from compress.linalg.ranks import (
+    Array,
+    Candidate,
+    Rule,
+    candidate,
+    check_budget,
+    lorap_ranks,
+    proportional,
+    spend,
+    uniform_rank,
+)
 from compress.methods.base import Extent, Kept, Layer, LayerShape, Sizes, View, shared
 from compress.methods.dobi_svd import DobiSVD, DobiSVDConfig
 from compress.methods.dobi_svd_ranks import Costs, learned_ranks
@@ -104,14 +114,8 @@ def check(shapes: Mapping[str, LayerShape], configs: Mapping[str, SVDConfig], nb
     settings = _common(configs)
     offers = offers_of(shapes, configs, nbytes)
     budget, least = budget_of(offers), sum(offer.least_bytes for offer in offers.values())
-    if least > budget:
-        dense = sum(offer.dense_bytes for offer in offers.values())
-        multiples = {offer.multiple for offer in offers.values()}
-        raise RecipeError(
-            f"a budget of {budget:,} bytes cannot be met: {len(offers)} layers at their least ranks (a multiple of "
-            f"{', '.join(map(str, sorted(multiples)))}) take {least:,}; use a keep_ratio of at least "
-            f"{math.ceil(1e4 * least / dense) / 1e4:g}, smaller groups, or leave layers out"
-        )
+    dense = sum(offer.dense_bytes for offer in offers.values())
+    check_budget(budget, least, dense, [offer.multiple for offer in offers.values()])
     if settings.allocation == "lorap" and not {shape.role for shape in shapes.values()} >= ROLES:
         raise RecipeError(
             "allocation=lorap shares bytes among q, k, v and o of attention, but not all four are layers of this step (they are "

@@ -2,14 +2,17 @@
 
 It stands in the `quantization_config` of our own format:
 
-    "structure": {"rms": true, "biases": true, "width": 3072, "last_width": 4096, "hadamard": {"mlp_out": 14336}}
+    "structure": {"rms": true, "biases": true, "width": 3072, "last_width": 4096, "hadamard": {"mlp_out": 14336}, "check": "…"}
 
+`check` belongs to `hadamard`: the size of a transform shows in no tensor's shape, so another one that fits would go unnoticed.
 Everything follows from it and from the tables of the family: which modules change and what shapes they have
 (`restructure.py` does it). Only what differs is written.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +61,14 @@ class Structure:
         """For config.json."""
         written: dict[str, Any] = {"rms": self.rms, "biases": self.biases, "width": self.width}
         written |= {"last_width": self.last_width, "hadamard": dict(self.hadamard)}
+        if self.hadamard:
+            written["check"] = _check(dict(self.hadamard))
         return {key: value for key, value in written.items() if value}
+
+
+def _check(hadamard: Mapping[str, int]) -> str:
+    """What is written beside the sizes of transforms, and must be what they give."""
+    return hashlib.sha256(json.dumps(hadamard, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def structure_of(config: Mapping[str, Any], hidden_size: int) -> Structure:
@@ -70,7 +80,7 @@ def structure_of(config: Mapping[str, Any], hidden_size: int) -> Structure:
     where = "config.json: quantization_config.structure"
     if not isinstance(written, Mapping):
         raise CheckpointError(f"{where}={written!r:.100} is not an object; fetch it again")
-    unknown = sorted(set(written) - {"rms", "biases", "width", "last_width", "hadamard"})
+    unknown = sorted(set(written) - {"rms", "biases", "width", "last_width", "hadamard", "check"})
     if unknown:
         raise CheckpointError(
             f"{where}: {unknown[0]!r:.100} is not known to this compress-llm; upgrade with: pip install -U compress-llm"
@@ -91,6 +101,11 @@ def structure_of(config: Mapping[str, Any], hidden_size: int) -> Structure:
         kind in HADAMARD_SITES and type(size) is int and 2 <= size <= 2**20 for kind, size in hadamard.items()
     ):
         raise CheckpointError(f"{where}: hadamard={hadamard!r:.100} is impossible; fetch it again")
+    if "check" in written and written["check"] != _check(hadamard):
+        raise CheckpointError(
+            f"{where}: hadamard={dict(hadamard)} is not what this model was made with (its check is {written['check']!r:.100}): "
+            f"config.json was changed by hand; fetch it again"
+        )
     return Structure(
         rms=written.get("rms", False),
         biases=written.get("biases", False),

@@ -119,12 +119,24 @@ def _site_work(plan: Plan) -> list[tuple[StepPlan, str, tuple[LayerShape, ...]]]
 
 
 def _activation_bytes(plan: Plan, tokens: int) -> int:
-    """Hidden states of all tokens and what stopped forwards hold, up to the cap; the working set of the running one."""
-    widest = max((layer.in_features for layer in plan.layers.values()), default=plan.architecture.hidden_size)
-    streams = 2 if any(step.needs_original for stage in plan.stages for step in stage) else 1
-    held = tokens * COMPUTE_BYTES * (2 * plan.architecture.hidden_size + widest) * streams
+    """Those that are held, and the working set of the forward that runs."""
     running = min(tokens, plan.recipe.calibration.rows_per_batch * plan.recipe.calibration.length)
-    return int(FRAGMENTATION * (held + running * COMPUTE_BYTES * 4 * widest))
+    return int(FRAGMENTATION * (_held_bytes(plan, tokens) + running * COMPUTE_BYTES * 4 * _widest(plan)))
+
+
+def _held_bytes(plan: Plan, tokens: int) -> int:
+    """Hidden states of all tokens and what stopped forwards hold."""
+    streams = 2 if any(step.needs_original for stage in plan.stages for step in stage) else 1
+    return tokens * COMPUTE_BYTES * (2 * plan.architecture.hidden_size + _widest(plan)) * streams
+
+
+def _widest(plan: Plan) -> int:
+    return max((layer.in_features for layer in plan.layers.values()), default=plan.architecture.hidden_size)
+
+
+def spilled_bytes(plan: Plan, activation_bytes: int) -> int:
+    """Of activations that go to disk, in the output folder, where `activation_bytes` of them may lie in memory."""
+    return max(0, _held_bytes(plan, _calibration_tokens(plan)) - activation_bytes)
 
 
 def _outside_bytes(plan: Plan, tokens: int) -> int:

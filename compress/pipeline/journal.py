@@ -23,6 +23,7 @@ from compress.pipeline.output import WORK_FOLDER, discard
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
+DEVICE, DTYPE = "device", "dtype of the arithmetic"  # keys of the header
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ def _rewrite(journal: Journal) -> None:
 
 def _refuse_other_work(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     different = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if different and set(different) <= {DEVICE, DTYPE} <= found.keys():
+        raise RecipeError(
+            f"{folder}: holds an unfinished run on {found[DEVICE]} in {found[DTYPE]}, which would come out otherwise on "
+            f"{wanted[DEVICE]} in {wanted[DTYPE]}; use --device {found[DEVICE]}, choose another --out, or discard it with "
+            f"--overwrite"
+        )
     if different:
         raise RecipeError(
             f"{folder}: holds an unfinished run with another {', '.join(different)}; continue that one with its own recipe, "

@@ -59,6 +59,11 @@ class Plan:
         return any(step.needs_data for step in self.rewrites) or any(step.needs_data for step in steps)
 
     @property
+    def bytes_kept(self) -> int:
+        """Of what looking at the model leaves in the output folder until the run is finished."""
+        return sum(step.kept_bytes for step in self.rewrites)
+
+    @property
     def specs(self) -> dict[str, ModuleSpec]:
         """Every module of the result that is not an ordinary layer, by disk name."""
         return described(self.source_specs, self.layers)

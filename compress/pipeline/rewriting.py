@@ -17,7 +17,7 @@ from compress.checkpoint.description import FLOATS, modules_of, own_config
 from compress.checkpoint.foreign import translated
 from compress.checkpoint.headers import TensorInfo
 from compress.checkpoint.source import Source
-from compress.errors import RecipeError, naming
+from compress.errors import CheckpointError, RecipeError, naming
 from compress.models.architecture import Architecture
 from compress.models.derived import Derived
 from compress.models.families import architecture_of, changed_config
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from compress.pipeline.plan import Plan
     from compress.recipe import Recipe, Step
 
+MARKS = "compress_rewritten"  # the key of config.json under which rewrites are remembered
+
 
 @dataclass(frozen=True)
 class RewritePlan:
@@ -44,6 +46,7 @@ class RewritePlan:
         before, after: the model as the step finds it and as it leaves it.
         tensors: those of the result: functions of tensors of `before`, or names of tensors there.
         values: what was found by looking at the model; None if it has not been looked at (yet).
+        kept_bytes: of what looking leaves on disk until the run is finished.
     """
 
     number: int
@@ -54,6 +57,7 @@ class RewritePlan:
     tensors: Mapping[str, Derived | str]
     rewrite: Rewrite
     values: Mapping[str, Any] | None
+    kept_bytes: int
 
     @property
     def observes(self) -> bool:
@@ -147,9 +151,11 @@ def _planned(
         raise RecipeError(
             f"{where}: {source.name} is compressed already, and {method.name} rewrites ordinary weights; begin with the original"
         )
-    shape = model_shape(architecture, infos, float_dtype, specs)
+    marks = marks_of(source.config)
+    shape = model_shape(architecture, infos, float_dtype, specs, marks)
     with naming(where):
         rewrite = method.rewrite(shape, config, found)
+        kept_bytes = method.kept_bytes(shape, config)
         if rewrite.blocks is not None and architecture.structure.width is not None:
             raise RecipeError(
                 "the blocks of a model with a narrower stream have a basis each, which leads from one to the next; put "
@@ -160,14 +166,31 @@ def _planned(
     infos, tensors = _tensors_after(infos, anew, rewrite, float_dtype)
     moved = {new: spec for name, spec in specs.items() if (new := anew(name)) is not None}
     structure = architecture.structure if rewrite.structure.plain else rewrite.structure
+    if rewrite.mark:
+        marks = {**marks, method.name: tuple(sorted({*marks.get(method.name, ()), *rewrite.mark}))}
+        changed[MARKS] = {name: list(of_method) for name, of_method in marks.items()}
     if specs or not structure.plain:
         changed["quantization_config"] = own_config(moved, structure)
     after = replace(source, config=changed, infos=infos)
-    return RewritePlan(number, method, config, source, after, tensors, rewrite, found.values)
+    return RewritePlan(number, method, config, source, after, tensors, rewrite, found.values, kept_bytes)
+
+
+def marks_of(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What config.json remembers of rewrites, by the name of their method. Raises: CheckpointError if it is not of that form."""
+    written = config.get(MARKS, {})
+    if not isinstance(written, Mapping) or not all(
+        isinstance(marks, list) and all(isinstance(mark, str) for mark in marks) for marks in written.values()
+    ):
+        raise CheckpointError(f"config.json: {MARKS}={written!r:.100} is not lists of words by method; fetch it again")
+    return {name: tuple(marks) for name, marks in written.items()}
 
 
 def model_shape(
-    architecture: Architecture, infos: Mapping[str, TensorInfo], float_dtype: str, specs: Collection[str] = ()
+    architecture: Architecture,
+    infos: Mapping[str, TensorInfo],
+    float_dtype: str,
+    specs: Collection[str] = (),
+    marks: Mapping[str, tuple[str, ...]] | None = None,
 ) -> ModelShape:
     """A model as a method is told of it. `float_dtype`: of the result; `specs`: its modules that are compressed."""
     from compress.methods.rewrite import ModelShape
@@ -180,7 +203,7 @@ def model_shape(
     title = f"{architecture.table.title} ({architecture.model_type})"
     nbytes = {name: info.nbytes for name, info in infos.items()}
     outline = (title, shapes, architecture.blocks, linears, architecture.hidden_size, stream)
-    return ModelShape(*outline, nbytes, DTYPE_BYTES[float_dtype], frozenset(specs))
+    return ModelShape(*outline, nbytes, DTYPE_BYTES[float_dtype], frozenset(specs), marks or {})
 
 
 def _numbered_anew(architecture: Architecture, rewrite: Rewrite) -> Callable[[str], str | None]:

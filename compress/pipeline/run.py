@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.headers import sampled_digest
 from compress.errors import CheckpointError, RecipeError, naming
-from compress.pipeline.estimate import PROBE_TOKENS, available_memory
-from compress.pipeline.journal import Journal, check_free, folder_lock, open_journal
+from compress.pipeline.estimate import PROBE_TOKENS, available_memory, spilled_bytes
+from compress.pipeline.journal import DEVICE, DTYPE, Journal, check_free, folder_lock, open_journal
 from compress.pipeline.meter import Meter
 from compress.pipeline.output import (
     CONFIG,
@@ -91,7 +91,7 @@ def run(
             planned = plan(recipe)
             stored = None if overwrite else finished_report(folder, work_header(planned))
             if stored is None:
-                check_room(planned, folder, progress)
+                check_room(planned, folder, machine, progress)
             _check_push(planned)
             if stored is None or evaluation_differs(planned, stored):
                 _check_tasks(planned, progress)
@@ -152,12 +152,12 @@ def _run_locked(
     if stored is not None:
         return _measure_again(planned, source, folder, stored, machine, progress, meter)
     with meter.phase("compress"):
-        compute_place(planned, machine)  # all that can be refused is, before anything is discarded
+        place = compute_place(planned, machine)  # all that can be refused is, before anything is discarded
         batches = calibration_batches(planned, source)
         if overwrite:
             discard(folder)
         content = {"calibration text": _fingerprint(batches), "content of the model": sampled_digest(source)}
-        journal = open_journal(folder, {**header, **content})
+        journal = open_journal(folder, {**header, **content, **place_header(*place)})
     with meter.phase("observe"):
         planned = _settle(planned, source, folder, journal, batches, machine, progress)
     with meter.phase("compress"):
@@ -371,8 +371,8 @@ def activation_limit(machine: Machine) -> int:
     return available_memory() // ACTIVATION_SHARE
 
 
-def check_room(planned: Plan, folder: Path, progress: Progress) -> None:
-    """Enough disk for the result; a warning where memory may not suffice.
+def check_room(planned: Plan, folder: Path, machine: Machine, progress: Progress) -> None:
+    """Enough disk for the result and for what lies beside it while the run lasts; a warning where memory may not suffice.
 
     Raises: CheckpointError if the disk has too little room.
     """
@@ -383,10 +383,13 @@ def check_room(planned: Plan, folder: Path, progress: Progress) -> None:
     present = sum(f.stat().st_size for f in found)
     copies = 2 if planned.stacked else 1  # a stack is written from the files of the pass
     needed = int(copies * planned.bytes_total_after * (1 + DISK_SHARE)) + DISK_SLACK - present
+    spilled = spilled_bytes(planned, activation_limit(machine))
+    needed += planned.bytes_kept + spilled
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(
-            f"{folder}: the result needs {needed / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} MiB free; free some space "
+            f"{folder}: the result needs {needed / 2**20:,.0f} MiB{_beside(planned.bytes_kept, spilled)}, the disk has "
+            f"{free / 2**20:,.0f} MiB free; free some space, {'raise --activation-memory, ' if spilled else ''}"
             f"or choose another --out"
         )
     available = available_memory()
@@ -395,6 +398,18 @@ def check_room(planned: Plan, folder: Path, progress: Progress) -> None:
             f"about {planned.peak_bytes / 2**30:.1f} GiB of memory are needed, {available / 2**30:.1f} GiB are available; "
             f"if it fails, use fewer calibration.samples or a smaller --activation-memory"
         )
+
+
+def _beside(kept: int, spilled: int) -> str:
+    """What of the bytes needed is not the result, as part of a sentence."""
+    parts = [(kept, "for matrices that are kept"), (spilled, "for activations that do not fit into memory")]
+    shown = [f"{nbytes / 2**20:,.0f} {what}" for nbytes, what in parts if nbytes]
+    return f" ({', '.join(shown)} while it runs)" if shown else ""
+
+
+def place_header(device: Any, dtype: Any) -> dict[str, Any]:
+    """Where a run computes: its blocks are not continued elsewhere, whose numbers differ in the last bits."""
+    return {DEVICE: device.type, DTYPE: str(dtype).removeprefix("torch.")}
 
 
 def work_header(planned: Plan) -> dict[str, Any]:

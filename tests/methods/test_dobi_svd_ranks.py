@@ -14,7 +14,7 @@ from compress.errors import NumericsError, RecipeError
 from compress.methods.base import Kept, LayerShape, View
 from compress.methods.dobi_svd import DobiSVDConfig
 from compress.methods.dobi_svd_ranks import Costs, Learner, TruncatedLinear, settle
-from compress.pipeline.plan import plan
+from compress.pipeline.plan import Plan, plan
 from compress.pipeline.progress import Silent
 from compress.pipeline.run import run
 from tests.runs import fingerprints, recipe_for
@@ -184,6 +184,24 @@ def test_what_cannot_be_met_is_refused_before_anything_is_learned():
     different["wide"] = different["wide"].model_copy(update={"beta": 3.0})
     with pytest.raises(RecipeError, match="beta is 3.0 for wide and 10.0 for low, but ranks are learned together"):
         settle(view, different)
+
+
+def test_what_cannot_be_met_is_refused_in_the_plan(tiny, text):
+    """gptq rounds in groups of 32 here, so that ranks are multiples of 32: half of full rank."""
+
+    def planned(ratio: float) -> Plan:
+        steps = [{"dobi_svd": {"keep_ratio": ratio, "remap": False}}, {"gptq": {"bits": 4, "group_size": 32}}]
+        return plan(recipe_for(tiny("llama"), steps, text, evaluation=False))
+
+    with pytest.raises(
+        RecipeError, match=r"steps.0.dobi_svd: .*layers at their least ranks \(a multiple of 32\)"
+    ) as refused:
+        planned(0.4)
+    least = float(str(refused.value).split("at least ")[1].split(",")[0])
+    assert 0.4 < least < 1
+    with pytest.raises(RecipeError, match="cannot be met"):
+        planned(least - 0.0002)
+    planned(least)
 
 
 @pytest.mark.parametrize("name", SHAPES)

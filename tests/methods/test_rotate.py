@@ -147,7 +147,10 @@ def test_a_tied_head_is_untied_and_counted(tiny, ran):
 def test_what_is_online_loads_generates_and_saves(family, tiny, ran, tmp_path):
     result = ran(family, {"online": ["mlp", "attention"]})
     written = json.loads((result.folder / "config.json").read_text())["quantization_config"]
-    assert written["structure"] == {"hadamard": {"mlp_out": 128, "attn_out": 64}}
+    assert written["structure"] == {
+        "hadamard": {"mlp_out": 128, "attn_out": 64},
+        "check": written["structure"]["check"],
+    }
     model, before = compress.load(result.folder), stock(tiny(family))
     assert relative(logits(model), logits(before)) < 1e-5
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -164,14 +167,20 @@ def test_an_unguarded_copy_of_what_is_online_is_refused(ran, tmp_path):
         PreTrainedModel.save_pretrained(model, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("size", [7, 24, 4096])
-def test_a_described_transform_that_does_not_fit(size, ran, tmp_path):
+@pytest.mark.parametrize("size", [7, 24, 4096, 64])
+def test_a_described_transform_that_does_not_fit_or_is_not_the_one(size, ran, tmp_path):
+    """Blocks of 64 fit the 128 inputs, and give another model."""
     folder = shutil.copytree(ran("llama", {"online": ["mlp"]}).folder, tmp_path / "altered")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["structure"]["hadamard"]["mlp_out"] = size
+    structure = config["quantization_config"]["structure"]
+    structure["hadamard"]["mlp_out"] = size
+    if size != 64:
+        del structure["check"]
     (folder / "config.json").write_text(json.dumps(config))
     for opened in (compress.load, StreamedModel):
-        with pytest.raises(CheckpointError, match=f"no Hadamard blocks of {size}"):
+        with pytest.raises(
+            CheckpointError, match="is not what this model was made with" if size == 64 else f"blocks of {size}"
+        ):
             opened(folder)
 
 
@@ -192,15 +201,30 @@ def test_online_weights_are_in_that_basis(tiny, tmp_path):
 
 @pytest.mark.parametrize("online", [[], ["attention"]])
 def test_rotating_twice(online, tiny, tmp_path):
-    """Merged rotations may be rotated again; what transforms inputs while it runs is refused."""
-    first = planned(tiny("opt"), online=online)
-    if online:
-        with pytest.raises(RecipeError, match="rewritten before"):
-            planned(tiny("opt"), 1, first.after)
-        return
-    second = planned(tiny("opt"), 1, first.after)
-    model = rewritten(tiny("opt"), tmp_path / "w", first, second).whole()
-    assert relative(logits(model), logits(stock(tiny("opt")))) < 1e-5
+    """Each rotation once, however many steps or runs lie between; what transforms inputs while it runs is refused."""
+    first = planned(tiny("opt"), online=online, r2="none")
+    with pytest.raises(RecipeError, match="rewritten before" if online else "r1: it is in another basis already"):
+        planned(tiny("opt"), 1, first.after)
+    if not online:
+        second = planned(tiny("opt"), 1, first.after, r1="none")
+        with pytest.raises(RecipeError, match="r1: it is in another basis already"):
+            planned(tiny("opt"), 2, second.after, r2="none")
+        with pytest.raises(RecipeError, match="r2: it is in another basis already"):
+            planned(tiny("opt"), 2, second.after, r1="none")
+        model = rewritten(tiny("opt"), tmp_path / "w", first, second).whole()
+        assert relative(logits(model), logits(stock(tiny("opt")))) < 1e-5
+
+
+def test_a_rotated_folder_is_not_rotated_again(tiny, ran, text, tmp_path):
+    """Its config.json says so, also where transformers has written it."""
+    folder = ran("llama_gqa_tied", {}).folder
+    assert json.loads((folder / "config.json").read_text())["compress_rewritten"] == {"rotate": ["r1", "r2"]}
+    stock(folder).save_pretrained(tmp_path / "saved")
+    for path in (folder, tmp_path / "saved"):
+        with pytest.raises(
+            RecipeError, match=r"steps.0.rotate: r1: it is in another basis already.*begin with the original"
+        ):
+            plan(recipe_for(path, [{"rotate": {}}], text, evaluation=False))
 
 
 def test_a_shift_whose_gain_is_0_is_refused(tiny, tmp_path, text):
@@ -396,6 +420,7 @@ def test_an_interrupted_run_does_not_look_again(tiny, ran, text, tmp_path, monke
     recipe = recipe_for(tiny("llama_gqa_tied"), [{"rotate": LEARN}], text, evaluation=False)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "out", progress=Stopped())
+    assert plan(recipe).bytes_kept == 8 * (64**2 + 3 * 16**2)
     looked = []
     loss = RoundedModel.loss
     monkeypatch.setattr(RoundedModel, "loss", lambda *arguments: looked.append(1) or loss(*arguments))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import compress
 from compress.calibration.data import load_tokenizer, load_tokens
-from compress.checkpoint.headers import read_headers
+from compress.checkpoint.headers import read_header, read_headers
 from compress.checkpoint.source import find_source
 from compress.checkpoint.stream import StreamedModel
 from compress.errors import CheckpointError, RecipeError
@@ -401,6 +401,8 @@ def test_resumed_after_a_kill_it_gives_the_same_bytes(phase, after, sliced, tiny
         run(recipe, tmp_path / "cut", progress=Stop())
     kept = list((tmp_path / "cut" / ".compress").glob(f"{OBSERVED}*basis*"))
     assert len(kept) == (2 * after if phase == "observe" else 2 * BLOCKS + 1)
+    nbytes = sum(info.nbytes for file in kept for info in read_header(file).values())
+    assert nbytes == plan(recipe).bytes_kept if phase == "compress" else 0 < nbytes < plan(recipe).bytes_kept
     run(recipe, tmp_path / "cut", machine=Machine(activation_bytes=0))
     assert fingerprints(tmp_path / "cut") == fingerprints(whole.folder)
 

@@ -277,6 +277,13 @@ def no_room(w: Workspace) -> None:
     w.patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
 
 
+def no_room_beside(w: Workspace) -> None:
+    """Enough for the result, of 1 MB, and not for the activations, none of which may lie in memory."""
+    spilled(w)
+    w.recipe["calibration"] = {**w.recipe["calibration"], "samples": 10_000, "length": 64}
+    w.patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 20 * 2**20))
+
+
 def cut_shard(out: Path) -> None:
     os.truncate(next(out.glob("*00002-of*")), 9)
 
@@ -391,6 +398,7 @@ FAULTS = [
           finished_and(lambda out: (out / REPORT).write_text("{")), keeps=True),
     Fault("another run is at it", C, ("out", "another run", "wait"), locked, keeps=True),
     Fault("no room from the start", C, ("out", "MiB free", "--out"), no_room),
+    Fault("no room for activations", C, ("out", "do not fit into memory", "20 MiB free", "--activation-memory"), no_room_beside),
     Fault("disk full at a shard", C, ("00003-of", "disk is full", "finished blocks are kept"),
           fails("fsync", errno.ENOSPC, "00003-of")),
     Fault("disk full at a rename", C, ("00003-of", "disk is full"), fails("replace", errno.ENOSPC, "00003-of")),

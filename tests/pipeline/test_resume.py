@@ -194,6 +194,22 @@ def test_changed_text_is_noticed(recipe: dict[str, Any], tmp_path: Path) -> None
         run(Recipe.from_dict(own), tmp_path / "out")
 
 
+def test_another_device_does_not_go_on(recipe: dict[str, Any], undisturbed: RunResult, tmp_path: Path) -> None:
+    """Its numbers differ in the last bits. A finished result is one wherever it was made."""
+    out = tmp_path / "out"
+    interrupt(recipe, out, "compress")
+    journal = out / ".compress" / "journal.jsonl"
+    header, rest = journal.read_text().split("\n", 1)
+    content = json.loads(header)
+    assert (content["device"], content["dtype of the arithmetic"]) == ("cpu", "float32")
+    journal.write_text(json.dumps({**content, "device": "cuda", "dtype of the arithmetic": "bfloat16"}) + "\n" + rest)
+    with pytest.raises(
+        RecipeError, match="run on cuda in bfloat16.* on cpu in float32; use --device cuda, .*--overwrite"
+    ):
+        run(Recipe.from_dict(recipe), out)
+    assert run(Recipe.from_dict(recipe), undisturbed.folder).already_finished
+
+
 def test_finished_again_gives_the_stored_report(recipe: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = run(Recipe.from_dict(recipe), out)
