@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from compress.checkpoint.budget import Budget
 from compress.checkpoint.headers import TensorInfo, read_json
 from compress.checkpoint.names import owner
 from compress.checkpoint.reader import SAFETENSORS_DTYPES
+from compress.checkpoint.resize import Gate, make_resizable
 from compress.checkpoint.stack import STACK, StackTable, parse_table
 from compress.errors import CheckpointError
 from compress.modules.base import CompressedModule
@@ -30,12 +31,13 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 class LoadedStack:
     """`model.stack`: the first `n_entries` of `table` are in the model.
 
-    `modules`: those that have levels, by name on disk.
+    `modules`: those that have levels, by name on disk. `gate`: forward passes go through it; it is closed while they change.
     """
 
     table: StackTable
     n_entries: int
     modules: Mapping[str, BitStackLinear]
+    gate: Gate = field(default_factory=Gate)
 
     @property
     def nbytes(self) -> int:
@@ -53,15 +55,17 @@ class LoadedStack:
         for entry, tensors in self.table.read(self.n_entries, n_entries):
             device = self.modules[entry.module].block_0.signs.device  # type: ignore[union-attr]
             read.append((entry.module, {key.rpartition(".")[2]: t.to(device) for key, t in tensors.items()}))  # type: ignore[arg-type]
-        for name, parts in read:
-            self.modules[name].append_block(**parts)
-        self.n_entries = max(self.n_entries, n_entries)
+        with self.gate.closed():
+            for name, parts in read:
+                self.modules[name].append_block(**parts)
+            self.n_entries = max(self.n_entries, n_entries)
 
     def shrink(self, n_entries: int) -> None:
         """Let go of all entries behind the first `n_entries`."""
-        for entry in reversed(self.table.entries[n_entries : self.n_entries]):
-            self.modules[entry.module].drop_block()
-        self.n_entries = min(self.n_entries, n_entries)
+        with self.gate.closed():
+            for entry in reversed(self.table.entries[n_entries : self.n_entries]):
+                self.modules[entry.module].drop_block()
+            self.n_entries = min(self.n_entries, n_entries)
 
 
 def load_stack(model: Any, table: StackTable, n_entries: int, places: Mapping[str, str]) -> None:
@@ -82,6 +86,7 @@ def load_stack(model: Any, table: StackTable, n_entries: int, places: Mapping[st
     stack = LoadedStack(table, 0, modules)
     stack.grow(n_entries)
     model.stack = stack
+    make_resizable(model)
 
 
 def loaded_bytes(stored: Mapping[str, TensorInfo], specs: Mapping[str, ModuleSpec], dtype: torch.dtype | None) -> int:
