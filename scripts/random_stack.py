@@ -19,7 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # scripts and package beside this one
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package beside this script, installed or not
+
+from random_llama import STD, Shape, _random, _write_tokenizer, add_shape_options, shape_of
 
 from compress.checkpoint.description import OWN_INDEX, guard, own_config
 from compress.checkpoint.headers import read_header
@@ -27,8 +30,6 @@ from compress.checkpoint.stack import STACK, Entry, StackFile, stack_name, table
 from compress.checkpoint.writer import Stored, from_tensor, write_json, write_safetensors
 from compress.models.structure import Structure
 from compress.modules.bitstack_spec import BitStackSpec
-
-from random_llama import STD, Shape, _random, _write_tokenizer, add_shape_options, shape_of
 
 DECAY = 0.6  # of what is left, per block
 FILE_BYTES = 128 * 2**20
