@@ -8,12 +8,13 @@ Each cell is a real run (`compress.run`) and its evaluation on held-out text, on
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tables import parser, show
 
 import compress
 from compress.recipe import Recipe
@@ -38,18 +39,9 @@ GPTQ, RTN = {"gptq": {"bits": 4, "group_size": 32, "clip": "mse"}}, {"rtn": {"bi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help="ratios, blocks, rounded [default: all]")
-    parser.add_argument("--samples", type=int, default=64, help="rows of 256 calibration tokens")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of the held-out text")
-    asked = parser.parse_args()
     tables = {"ratios": ratios, "blocks": blocks, "rounded": rounded}
-    measure = Measure(asked.samples, asked.max_tokens)
-    for name in asked.tables or tables:
-        for line in tables[name](measure):
-            print(line, flush=True)
-        print()
-    print(f"The original: perplexity {measure.original:.3f}.")
+    asked = parser(__doc__, tables, "samples", "max-tokens").parse_args()
+    show(tables, asked.tables, Measure(asked.samples, asked.max_tokens))
 
 
 class Measure:

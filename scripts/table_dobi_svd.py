@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tables import parser, show
+
 import compress
 from compress.pipeline.progress import Silent
 from compress.recipe import Recipe
@@ -34,22 +36,16 @@ LEARNED: dict[str, dict[str, Any]] = {  # heading -> settings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help="storage, learned [default: all]")
-    parser.add_argument("--samples", type=int, default=64, help="rows of 256 calibration tokens")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of the held-out text")
-    parser.add_argument("--steps", type=int, default=32, help="of learning")
-    parser.add_argument("--ratios", type=float, nargs="+", help="of learning [default: 0.6]", default=[0.6])
-    parser.add_argument(
+    tables = {"storage": storage, "learned": learned}
+    arguments = parser(__doc__, tables, "samples", "max-tokens")
+    arguments.add_argument("--steps", type=int, default=32, help="of learning")
+    arguments.add_argument("--ratios", type=float, nargs="+", help="of learning [default: 0.6]", default=[0.6])
+    arguments.add_argument(
         "--remap", type=int, nargs="+", choices=(0, 1), help="of learning [default: 0 1]", default=[0, 1]
     )
-    parser.add_argument("--learning-rate", type=float, default=0.01)
-    asked = parser.parse_args()
-    tables = {"storage": storage, "learned": learned}
-    for name in asked.tables or tables:
-        for line in tables[name](asked):
-            print(line, flush=True)
-        print()
+    arguments.add_argument("--learning-rate", type=float, default=0.01)
+    asked = arguments.parse_args()
+    show(tables, asked.tables, asked)
 
 
 def run(asked: argparse.Namespace, step: dict[str, Any]) -> dict[str, Any]:

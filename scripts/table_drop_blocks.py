@@ -4,7 +4,7 @@ Each row is a real run (`compress.run`) and its evaluation. "Best" tries every c
 it is measured on, so no score can know better. Prints Markdown:
 
     python scripts/table_drop_blocks.py                                  # the model that ships
-    python scripts/table_drop_blocks.py --model DIR --calibration FILE --evaluation FILE
+    python scripts/table_drop_blocks.py --model DIR --calibration FILE --heldout FILE
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+from tables import parser
 
 import compress
 from compress.recipe import Recipe
@@ -36,14 +38,10 @@ WAYS: dict[str, dict[str, Any]] = {  # heading -> settings; of six blocks, the p
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shipped")
-    parser.add_argument("--calibration", default="shipped", help="a file")
-    parser.add_argument("--evaluation", default="shipped", help="another file")
-    parser.add_argument("--rows", type=int, default=32, help="calibration rows of 256 tokens that are looked at")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="of the evaluation's text")
-    parser.add_argument("--drop", type=int, nargs="*", default=[1, 2])
-    measure = Measure(parser.parse_args())
+    arguments = parser(__doc__, {}, "model", "calibration", "heldout", "max-tokens", max_tokens=16384)
+    arguments.add_argument("--rows", type=int, default=32, help="calibration rows of 256 tokens that are looked at")
+    arguments.add_argument("--drop", type=int, nargs="*", default=[1, 2])
+    measure = Measure(arguments.parse_args())
     for n_drop in measure.asked.drop:
         for line in table(measure, n_drop):
             print(line, flush=True)
@@ -77,7 +75,7 @@ class Measure:
 
     def _run(self, settings: dict[str, Any], evaluate: bool) -> dict[str, Any]:
         calibration = {"data": self.asked.calibration, "samples": self.asked.rows, "length": 256, "batch_size": 8}
-        evaluation = {"data": self.asked.evaluation, "length": 256, "max_tokens": self.asked.max_tokens}
+        evaluation = {"data": self.asked.heldout, "length": 256, "max_tokens": self.asked.max_tokens}
         recipe = Recipe.from_dict(
             {
                 "model": self.asked.model,

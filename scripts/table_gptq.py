@@ -8,12 +8,13 @@ Each cell is a real run (`compress.run`) and its evaluation on the held-out text
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tables import parser, show
 
 import compress
 from compress.recipe import Recipe
@@ -41,20 +42,9 @@ GRIDS: dict[str, dict[str, Any]] = {  # heading -> settings of rtn and gptq
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help="widths, orders, grids [default: all]")
-    parser.add_argument("--samples", type=int, default=128, help="rows of 256 calibration tokens")
-    parser.add_argument("--max-tokens", type=int, default=None, help="of the held-out text [default: all of it]")
-    asked = parser.parse_args()
     tables = {"widths": widths, "orders": orders, "grids": grids}
-    measure = Measure(asked.samples, asked.max_tokens)
-    for name in asked.tables or tables:
-        print(f"<!-- {name}: python scripts/table_gptq.py {name} -->")
-        for line in tables[name](measure):
-            print(line, flush=True)
-        print()
-    if measure.original is not None:
-        print(f"The original: perplexity {measure.original:.3f}.")
+    asked = parser(__doc__, tables, "samples", "max-tokens", samples=128, max_tokens=None).parse_args()
+    show(tables, asked.tables, Measure(asked.samples, asked.max_tokens))
 
 
 class Measure:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tables import parser, show
+
 import compress
 from compress.recipe import Recipe
 
@@ -32,26 +34,13 @@ RANDOM: dict[str, dict[str, Any]] = {  # heading -> settings of one random rotat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help="bits, learned, kinds [default: all]")
-    parser.add_argument("--model", default="shipped", help="a folder [default: the model that ships]")
-    parser.add_argument("--calibration", default="shipped", help="text to calibrate on")
-    parser.add_argument("--heldout", default="shipped", help="text to measure on")
-    parser.add_argument("--length", type=int, default=256, help="tokens per row")
-    parser.add_argument("--samples", type=int, default=64, help="rows of calibration tokens")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of the held-out text")
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--learn", type=int, default=64, help="steps of learning")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    asked = parser.parse_args()
     tables = {"bits": bits, "learned": learned, "kinds": kinds}
-    measure = Measure(asked)
-    for name in asked.tables or tables:
-        for line in tables[name](measure, asked):
-            print(line, flush=True)
-        print()
-    if measure.original is not None:
-        print(f"The original: perplexity {measure.original:.3f}.")
+    arguments = parser(__doc__, tables, "model", "calibration", "heldout", "length", "samples", "max-tokens")
+    arguments.add_argument("--group-size", type=int, default=64)
+    arguments.add_argument("--learn", type=int, default=64, help="steps of learning")
+    arguments.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    asked = arguments.parse_args()
+    show(tables, asked.tables, Measure(asked))
 
 
 class Measure:
@@ -99,8 +88,9 @@ def looking(asked: argparse.Namespace, n_bits: int) -> dict[str, Any]:
     return {"bits": n_bits, "group_size": asked.group_size, "candidates": CANDIDATES}
 
 
-def bits(measure: Measure, asked: argparse.Namespace) -> Iterator[str]:
+def bits(measure: Measure) -> Iterator[str]:
     """rtn and gptq: as it is, after a random rotation, after a learned one; perplexity / KL."""
+    asked = measure.asked
     yield "| steps | " + " | ".join(f"{n} bits" for n in asked.bits) + " |"
     yield "|---" * (1 + len(asked.bits)) + "|"
     for method in ("rtn", "gptq"):
@@ -116,8 +106,9 @@ def bits(measure: Measure, asked: argparse.Namespace) -> Iterator[str]:
             yield f"| {heading} | " + " | ".join(cells) + " |"
 
 
-def learned(measure: Measure, asked: argparse.Namespace) -> Iterator[str]:
+def learned(measure: Measure) -> Iterator[str]:
     """The loss that is trained: of the random candidates and of the learned rotation."""
+    asked = measure.asked
     yield f"| bits | best of {CANDIDATES} random | worst | learned |"
     yield "|---|---|---|---|"
     for n in asked.bits:
@@ -127,8 +118,9 @@ def learned(measure: Measure, asked: argparse.Namespace) -> Iterator[str]:
         yield f"| {n} | {min(losses):.4f} | {max(losses):.4f} | {figures['loss_learned']:.4f} |"
 
 
-def kinds(measure: Measure, asked: argparse.Namespace) -> Iterator[str]:
+def kinds(measure: Measure) -> Iterator[str]:
     """Which rotation does what; perplexity / KL after gptq."""
+    asked = measure.asked
     yield "| before `gptq` | " + " | ".join(f"{n} bits" for n in asked.bits) + " |"
     yield "|---" * (1 + len(asked.bits)) + "|"
     for heading, settings in RANDOM.items():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import commit
+from tables import parser
 
 import compress
 from compress.pipeline.plan import plan
@@ -41,15 +42,10 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shipped", help="a folder [default: the model that ships]")
-    parser.add_argument("--calibration", default="shipped", help="text to calibrate on")
-    parser.add_argument("--heldout", default="shipped", help="text to measure on")
-    parser.add_argument("--length", type=int, default=256, help="tokens per row")
-    parser.add_argument("--samples", type=int, default=128, help="rows of calibration tokens")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="of the held-out text")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    asked = parser.parse_args()
+    names = ("model", "calibration", "heldout", "length", "samples", "max-tokens")
+    arguments = parser(__doc__, {}, *names, samples=128, max_tokens=16384)
+    arguments.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
+    asked = arguments.parse_args()
     original = 0.0
     print(f"commit {commit()}")
     print("| sparsity | width | method | perplexity | KL | weights on disk | of the original's bytes |")

@@ -48,12 +48,14 @@ def parser(text: str | None, tables: Mapping[str, Table], *names: str, **default
 
 
 def show(tables: Mapping[str, Table], wanted: list[str], measure: Any) -> None:
-    """Print the wanted tables, or all, and the perplexity of the original."""
+    """Print the wanted tables, or all, and the perplexity of the original, if `measure` has learned of it."""
     for name in wanted or tables:
         for line in tables[name](measure):
             print(line, flush=True)
         print(flush=True)
-    print(f"The original: perplexity {measure.original:.3f}.")
+    original = getattr(measure, "original", None)
+    if original:
+        print(f"The original: perplexity {original:.3f}.")
 
 
 class Measure:
