@@ -1,0 +1,1 @@
+"""The CUDA kernels of the operations: `cuda/` holds their sources, this room packs, loads and calls them."""
