@@ -87,6 +87,10 @@ class CompressedModule(nn.Module, ABC):
         """This module fitted anew to other parts that are lent to it, as `with_leaf` fits leaves behind a changed one."""
         raise NotImplementedError(f"{self.spec.representation} borrows nothing")
 
+    def scale_rows(self, scale: Tensor) -> None:
+        """Multiply the rows of the weight, and the bias, by `scale` [out_features], powers of two. Where `spec.scales_rows`."""
+        raise NotImplementedError
+
     def check_stored(self, name: str) -> None:
         """Raises: CheckpointError naming the tensor of module `name` whose contents, as they were loaded, cannot be."""
         return

@@ -104,6 +104,13 @@ class BitStackLinear(CompressedModule):
         self.spec = self.spec.first(self.n_blocks - 1)
         delattr(self, block_name(self.n_blocks))
 
+    def scale_rows(self, scale: Tensor) -> None:
+        for block in self.blocks:
+            block.left.data = (block.left.data.float() * scale[:, None].to(block.left.device)).to(block.left.dtype)
+        if self.bias is not None:
+            self.bias.data = self.bias.data * scale.to(self.bias.device, self.bias.dtype)
+        self.release()
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight of the blocks that are there, summed in float32 and rounded once."""
         spec = self.spec

@@ -26,6 +26,7 @@ class BitStackSpec(ModuleSpec):
 
     representation: ClassVar[str] = "bitstack"
     module: ClassVar[str] = "compress.modules.bitstack:BitStackLinear"
+    scales_rows: ClassVar[bool] = True
     rank: int
     blocks: int
     scaled: bool = False

@@ -28,9 +28,11 @@ class ModuleSpec(ABC):
     """One replaced module. `in_features`, `out_features` as in nn.Linear. `module` is where its nn.Module lives.
 
     `plain`: it is stored as the layer's own weight, and loaders find an ordinary layer there; nothing describes it.
+    `scales_rows`: its module can multiply its rows (`CompressedModule.scale_rows`).
     """
 
     plain: ClassVar[bool] = False
+    scales_rows: ClassVar[bool] = False
     representation: ClassVar[str]
     module: ClassVar[str]  # "package.file:Class", a CompressedModule; imported when one is built
     in_features: int

@@ -16,6 +16,7 @@ from compress.errors import CheckpointError, naming
 from compress.models.architecture import Architecture, Site
 from compress.models.families import architecture_of
 from compress.modules.spec import ModuleSpec
+from compress.pipeline.folding import takes_scale
 from compress.pipeline.plan_checks import check_data_at_hand, check_source
 from compress.pipeline.plan_result import LayerPlan, all_warnings, choose_format, described, layer_bits, result_bytes
 from compress.pipeline.rewriting import RewritePlan, plan_rewrites
@@ -242,7 +243,10 @@ def _weights(
                     )
                 flipped = architecture.transposed and site.kind not in ("head", "embedding")
                 out_features, in_features = reversed(shape) if flipped else shape
-            weights[name] = (site, LayerShape(name, out_features, in_features, site.layer_kind, bias, site.role(name)))
+            folds = takes_scale(site, architecture, source.infos)
+            weights[name] = (
+                site, LayerShape(name, out_features, in_features, site.layer_kind, bias, site.role(name), folds=folds)
+            )  # fmt: skip
     return weights
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from compress.checkpoint.names import owner
 from compress.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from compress.checkpoint.writer import Stored, from_source, from_tensor, write_safetensors
 from compress.methods.base import Outcome
+from compress.pipeline.folding import scaled
 from compress.pipeline.journal import BlockEntry, sha256_of
 from compress.pipeline.layers import as_stored
 from compress.pipeline.meter import Stopwatch
@@ -53,15 +55,22 @@ class Shards:
     def __init__(self, plan: Plan, number: int, out: Path, reader: CheckpointReader, watch: Stopwatch):
         self.plan, self.number, self.out, self.reader, self.watch = plan, number, out, reader, watch
 
-    def write_block(self, index: int, outcomes: dict[str, Outcome]) -> BlockEntry:
+    def write_block(self, index: int, outcomes: dict[str, Outcome], scales: dict[str, Tensor]) -> BlockEntry:
+        """`scales`: what the outputs of modules that were not compressed are multiplied by (`folding.py`)."""
         inside = self.plan.architecture.blocks[index] + "."
         names = [name for name in self.reader.infos if name.startswith(inside)]
-        return self.write(index, names, outcomes)
+        folded = {name: scales[name.rpartition(".")[0]] for name in names if name.rpartition(".")[0] in scales}
+        extra = {name: self._scaled(name, scale) for name, scale in folded.items() if owner(name, outcomes) is None}
+        return self.write(index, names, outcomes, extra)
+
+    def _scaled(self, name: str, scale: Tensor) -> Stored:
+        tensor = scaled(self.reader.read(name), scale, self.plan.architecture.transposed)
+        return from_tensor(tensor.to(self._cast() or tensor.dtype))
 
     def write(
         self, part: int, names: list[str], outcomes: dict[str, Outcome], extra: dict[str, Stored] | None = None
     ) -> BlockEntry:
-        """Write one shard: compressed modules from memory, the rest copied from the source."""
+        """Write one shard: compressed modules from memory, the rest copied from the source, but for `extra`."""
         tensors: dict[str, Stored] = {}
         for name in names:
             if owner(name, outcomes) is None:

@@ -32,6 +32,7 @@ from compress.errors import CheckpointError, NumericsError
 from compress.methods.base import Outcome
 from compress.models.architecture import Site
 from compress.models.families import module_name
+from compress.pipeline.folding import scale_module, scaled_input
 from compress.pipeline.journal import BlockEntry, Journal
 from compress.pipeline.layers import Layers
 from compress.pipeline.learning import Learner
@@ -91,6 +92,7 @@ class Stage:
             if step.method.by_blocks
         }
         self.result = StageResult()
+        self.folded: dict[str, Tensor] = {}  # of the block at hand: modules whose outputs are scaled
 
     # ---- the order of things
 
@@ -151,6 +153,7 @@ class Stage:
         self.model.check_finite(index)
         unchanged = copy.deepcopy(block) if original is not None else None
         outcomes: dict[str, Outcome] = {}
+        self.folded = {}
         stream = None
         if unchanged is not None and original is not None:
             stream = self._original_stream(unchanged, index, original)
@@ -172,7 +175,7 @@ class Stage:
                 f"{self.plan.architecture.blocks[index]}: its output is not finite after compression; try "
                 f"calibration.dtype=float32 or more bits, or check the checkpoint with: compress inspect"
             )
-        entry = self.shards.write_block(index, outcomes)
+        entry = self.shards.write_block(index, outcomes, self.folded)
         with self.watch("read back"):
             self._check_probe(index, entry, expected)
         self.journal.add(entry)
@@ -203,7 +206,9 @@ class Stage:
                     self.propagate(block, index, hidden)
             return outcomes
         places = {site.name: self.places(site, step) for site in sites}
-        target = hidden if last else ReadOnly(hidden)
+        folding = any(name in step.folds for site in sites for name in site.linears)
+        target = hidden if last and not folding else ReadOnly(hidden)
+        folds: dict[str, Tensor] = {}
         with BlockPass(
             block, Call(self.model, index, hidden), target, places, self.scratch, self.device, stream
         ) as run:
@@ -219,14 +224,40 @@ class Stage:
                 names = [name for name in site.linears if name in step.configs]
                 for position, name in enumerate(names):
                     outcomes[name] = done[name]
-                    run.replace(site.name, position, self.layers.running(name, done[name].module))
+                    running, fold = self.layers.running(name, done[name].module), done[name].fold
+                    if fold is not None:
+                        folds[site.name] = fold
+                        running = scaled_input(running, fold)
+                    run.replace(site.name, position, running)
                 release_free_memory()
                 with self.watch("forward"):
                     if last or stream is not None or site is not sites[-1]:
                         run.release(site.name)
             if last:
                 run.finish()
+        if folding:
+            self._fold([site for site in sites if site.name in folds], folds, places, outcomes)
+            if last:
+                with self.watch("forward"):
+                    self.propagate(block, index, hidden)  # as it will from the shard, to the last bit
         return outcomes
+
+    def _fold(
+        self, sites: list[Site], folds: dict[str, Tensor], places: dict[str, list[Place]], outcomes: dict[str, Outcome]
+    ) -> None:
+        """Take scales from the inputs of sites into what makes these inputs."""
+        for site in sites:
+            for parent, attribute in places[site.name]:
+                parent._modules[attribute] = parent.get_submodule(attribute).get_submodule("module")
+        for site in sites:
+            assert site.producer is not None
+            maker, scale = site.producer.name, folds[site.name]
+            if maker in outcomes:
+                outcomes[maker].module.scale_rows(scale)
+                self.model.skeleton.replace(maker, self.layers.running(maker, outcomes[maker].module))
+                continue
+            scale_module(self.model.skeleton.module(maker), scale, self.plan.architecture.transposed)
+            self.folded[maker] = self.folded[maker] * scale if maker in self.folded else scale
 
     def _learn(
         self,

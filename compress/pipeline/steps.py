@@ -15,6 +15,7 @@ from compress.errors import RecipeError, naming
 from compress.models.architecture import Site
 from compress.modules.spec import DTYPE_BYTES, ModuleSpec
 from compress.patterns import select
+from compress.pipeline.folding import folding_layers
 
 if TYPE_CHECKING:
     from compress.methods.base import Kept, LayerShape, MethodConfig, SiteMethod, Sizes
@@ -31,7 +32,7 @@ class StepPlan:
     """One step: its method, the configuration of each layer it applies to, and what each is stored as behind it.
 
     `kept`: layers that were asked for and that the method leaves as they are, with the reason. `starts`: another step learns
-    on from what this one makes.
+    on from what this one makes. `folds`: layers the scale of whose inputs goes into what makes these.
     """
 
     number: int
@@ -42,6 +43,7 @@ class StepPlan:
     needs_original: bool
     kept: dict[str, str] = field(default_factory=dict)
     starts: bool = False
+    folds: frozenset[str] = frozenset()
 
 
 def plan_steps(
@@ -152,8 +154,10 @@ def _plan_step(
     requests = {request for config in configs.values() for request in method.statistics(config)}
     needs_original = any(request.needs_original for request in requests)
     specs: dict[str, ModuleSpec] = {}
+    folds = folding_layers(method, configs, weights, current)
     for name, config in configs.items():
         site, shape = weights[name]
+        shape = replace(shape, folds=name in folds)
         if needs_original and site.expert is not None:
             raise RecipeError(
                 f"{where}: {name}: compares with the original model's inputs, but routers send other tokens to an expert "
@@ -173,7 +177,7 @@ def _plan_step(
         with naming(where):
             method.window(used)  # type: ignore[attr-defined]
     needs_data = any(method.needs_tokens(config) for config in used.values())
-    return StepPlan(number, method, used, specs, needs_data, needs_original, kept)
+    return StepPlan(number, method, used, specs, needs_data, needs_original, kept, folds=folds)
 
 
 def _where(number: int, method: type[SiteMethod]) -> str:

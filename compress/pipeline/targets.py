@@ -88,6 +88,7 @@ class _Work:
     report: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     continuous: Tensor | None = None
+    fold: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.module = self.target.module
@@ -118,10 +119,11 @@ class _Work:
         self.report |= {leaf_name(leaf, key) if leaf else key: value for key, value in outcome.report.items()}
         self.notes += [f"{leaf}: {note}" if leaf else note for note in outcome.notes]
         self.continuous = outcome.continuous if leaf == "" else None
+        self.fold = outcome.fold
 
     def outcome(self) -> Outcome:
         assert self.module is not None
-        return Outcome(self.module, self.report, self.notes, continuous=self.continuous)
+        return Outcome(self.module, self.report, self.notes, self.fold, continuous=self.continuous)
 
 
 @dataclass(frozen=True)
@@ -145,5 +147,6 @@ def _job(work: _Work, name: str, scale_dtype: torch.dtype) -> _Job:
         scale_dtype,
         target.kind if whole else "linear",
         leaf.mask,
+        folds=target.name in work.step.folds,
     )
     return _Job(work, name, leaf, layer)
