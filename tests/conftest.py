@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the workers of pytest-xdist share the cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("COMPRESS_PACK", "off")  # loaded models run on the references, bit for bit
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,8 +12,12 @@ from torch.nn import functional
 from compress.kernels.ops import TILE, dequantize_rows, quantized_linear
 from compress.kernels.packing import dequantize, pack, unpack, unpack_entries
 from compress.modules.base import CompressedModule
+from compress.modules.packed import Activations, PackedRows, can_pack, pack_rows
 from compress.modules.quantized_spec import QuantizedSpec
 from compress.modules.spec import ModuleSpec
+
+IN_BUFFER = ("weight_packed", "weight_scale", "weight_zero_point")  # what a native kernel's layout replaces
+PARAMETERS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "bias")
 
 
 class QuantizedModule(CompressedModule):
@@ -91,14 +98,16 @@ class QuantizedModule(CompressedModule):
         Computed in the dtype of the scale, bit for bit as compressed-tensors dequantises, then taken in `dtype`.
         """
         spec = self.spec
-        scale = self.weight_scale
+        words, scale, zero_point = (
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+        )  # once: see QuantizedLinear
         weight = torch.empty(spec.out_features, spec.in_features, dtype=dtype or scale.dtype, device=scale.device)
         step = max(1, TILE // spec.in_features)
         for start in range(0, spec.out_features, step):
             rows = slice(start, min(start + step, spec.out_features))
-            weight[rows] = dequantize_rows(
-                self.weight_packed, scale, self.weight_zero_point, spec.bits, spec.in_features, rows
-            )
+            weight[rows] = dequantize_rows(words, scale, zero_point, spec.bits, spec.in_features, rows)
         return weight
 
     def extra_repr(self) -> str:
@@ -109,7 +118,14 @@ class QuantizedModule(CompressedModule):
 
 
 class QuantizedLinear(QuantizedModule):
-    """x @ weight.T + bias. Also stands in for a GPT-2 Conv1D, whose weight is the transpose."""
+    """x @ weight.T + bias. Also stands in for a GPT-2 Conv1D, whose weight is the transpose.
+
+    While it is `packed` its codes, scales and zero points lie in the layout of a native kernel, and are no parameters. Whoever
+    reads them, or the state_dict, gets them as they were, decoded anew; what moves or fills the module packs it again.
+    """
+
+    packed: PackedRows | None = None
+    place = 0  # among the linears in the buffer
 
     def __init__(self, spec: QuantizedSpec, stored: dict[str, Tensor]):
         super().__init__(spec, stored)
@@ -118,11 +134,101 @@ class QuantizedLinear(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         if self.held is not None:
             return functional.linear(x, self.held.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        packed = self.packed
+        if packed is not None and not (torch.is_grad_enabled() and x.requires_grad) and x.dtype != torch.float64:
+            return packed.output(self.place, x, self.bias, bool(self._forward_hooks or self._forward_pre_hooks))
         spec = self.spec
         return quantized_linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias,
             spec.bits, spec.group_size, spec.in_features,
         )  # fmt: skip
+
+    @property
+    def packable(self) -> bool:
+        """Whether a native kernel can run it where it is."""
+        return self.packed is None and can_pack(self)
+
+    def move_into(self, packed: PackedRows, place: int) -> None:
+        """Let the rows at `place` of a buffer stand for the plain tensors, which are let go."""
+        self.release()
+        self.packed, self.place = packed, place
+        for name in IN_BUFFER:
+            if self._parameters[name] is not None:
+                del self._parameters[name]
+
+    def unpack(self) -> None:
+        """Back to plain tensors."""
+        if self.packed is not None:
+            self._parameters.update(self._parameters_unpacked())
+            self.packed, self.place = None, 0
+
+    def repack(self, activations: Activations) -> None:
+        """Into a buffer of its own, if a native kernel can run it where it is now."""
+        if self.packable:
+            self.move_into(pack_rows([self], activations), 0)
+
+    @property
+    def nbytes(self) -> int:
+        if self.packed is None:
+            return super().nbytes
+        scale = torch.empty(0, dtype=self.packed.scale_dtype)
+        return self.spec.nbytes({4: "F32", 2: "F16"}[scale.element_size()])
+
+    def __getattr__(self, name: str) -> Any:
+        packed = self.__dict__.get("packed") if name in IN_BUFFER else None
+        if packed is None or name in self._parameters:
+            return super().__getattr__(name)
+        return packed.tensors(self.place)[name]
+
+    def _parameters_unpacked(self) -> dict[str, nn.Parameter | None]:
+        """All parameters as they are where nothing is packed, in the order of the spec."""
+        assert self.packed is not None
+        plain = self.packed.tensors(self.place)
+        found = {**self._parameters, **{n: nn.Parameter(t, requires_grad=False) for n, t in plain.items()}}
+        return {name: found[name] for name in PARAMETERS}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        packed = self._parameters
+        if self.packed is not None:
+            self._parameters = self._parameters_unpacked()
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._parameters = packed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        packed = self.packed
+        if packed is not None:
+            probe = torch.empty(0, dtype=packed.scale_dtype)
+            if fn(probe) is probe:  # nothing goes anywhere
+                return super()._apply(fn, recurse)
+            self.unpack()
+        super()._apply(fn, recurse)
+        if packed is not None:
+            self.repack(packed.activations)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        packed = self.packed
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+        if packed is not None:
+            self.repack(packed.activations)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain tensors, and whether to pack them again: a buffer belongs to this process."""
+        state = super().__getstate__()
+        packed = state.pop("packed", None)
+        if packed is not None:
+            state.pop("place", None)
+            state |= {"_parameters": self._parameters_unpacked(), "_activations": packed.activations}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        activations = state.pop("_activations", None)
+        super().__setstate__(state)
+        if activations is not None:
+            self.repack(activations)
 
 
 class QuantizedEmbedding(QuantizedModule):

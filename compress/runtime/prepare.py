@@ -1,0 +1,139 @@
+"""Brings a loaded model into the layout of the native kernels: product by product, so that no more than one is there twice.
+
+Linears of one site (models/architecture.py) that are quantized alike become one product; see modules/packed.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from torch import nn
+
+from compress.errors import RecipeError
+from compress.kernels import native
+from compress.models.families import module_name
+from compress.modules.packed import DEFAULT_ACTIVATIONS, Activations, alike, pack_rows
+from compress.modules.quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from compress.models.architecture import Architecture
+
+Kernels = Literal["auto", "reference"]
+VARIABLE = "COMPRESS_PACK"  # of the environment; "off": "auto" means the references in torch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs quantized linears.
+
+    Args:
+        kernels: "auto": native kernels where they were built and the weights are in the memory of the CPU; "reference": torch.
+        activations: how inputs enter a native kernel: rounded to "int8", or as "float".
+    """
+
+    kernels: Kernels = "auto"
+    activations: Activations = DEFAULT_ACTIVATIONS
+
+    def __post_init__(self) -> None:
+        for field, known in (("kernels", get_args(Kernels)), ("activations", get_args(Activations))):
+            if getattr(self, field) not in known:
+                raise RecipeError(f"{field}={getattr(self, field)!r}: choose {' or '.join(known)}")
+
+    @property
+    def packs(self) -> bool:
+        return self.kernels == "auto" and os.environ.get(VARIABLE, "").lower() != "off"
+
+
+_chosen: ContextVar[Choice | None] = ContextVar("compress_kernels", default=None)
+
+
+@contextmanager
+def choosing(choice: Choice) -> Iterator[None]:
+    """Models that are loaded within it run as `choice` says."""
+    token = _chosen.set(choice)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def chosen() -> Choice:
+    """What a model that is loaded now runs on."""
+    return _chosen.get() or Choice()
+
+
+def pack_model(
+    model: nn.Module,
+    choice: Choice,
+    architecture: Architecture | None = None,
+    cut: str = "",
+    progress: Callable[[list[list[QuantizedLinear]]], Iterable[list[QuantizedLinear]]] = iter,
+) -> int:
+    """Pack the quantized linears that a native kernel can run where they are; plain tensors are let go as it proceeds.
+
+    Args:
+        architecture: says which linears share an input; None: each is a product of its own.
+        cut: what names of the whole model begin with, where `model` is a part of it.
+        progress: goes through the products, and may show how far it is.
+
+    Returns: the number of products.
+    """
+    if not choice.packs:
+        return 0
+    products = products_of(model, architecture, cut)
+    for members in progress(products) if products else ():
+        packed = pack_rows(members, choice.activations)
+        for place, member in enumerate(members):
+            member.move_into(packed, place)
+    return len(products)
+
+
+def products_of(model: nn.Module, architecture: Architecture | None, cut: str = "") -> list[list[QuantizedLinear]]:
+    """What can be packed, in the order of the model; together what shares an input and is quantized alike."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.packable}
+    companions: dict[str, list[str]] = {}
+    if architecture is not None:
+        for site in architecture.all_sites():
+            names = [module_name(architecture, name).removeprefix(cut) for name in site.linears]
+            companions.update(dict.fromkeys(names, names))
+    products: list[list[QuantizedLinear]] = []
+    done: set[int] = set()
+    for name, linear in linears.items():
+        if id(linear) not in done:
+            others = (linears[other] for other in companions.get(name, [name]) if other in linears)
+            members = [other for other in others if id(other) not in done and alike(linear, other)]
+            products.append(members)
+            done.update(id(member) for member in members)
+    return products
+
+
+def packed_linears(model: nn.Module) -> list[QuantizedLinear]:
+    """The linears that run on a native kernel."""
+    return [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.packed is not None]
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the buffers of native kernels, which are no parameters."""
+    return sum({id(m.packed): m.packed.weight.nbytes for m in packed_linears(model) if m.packed is not None}.values())
+
+
+def arithmetic(model: nn.Module) -> dict[str, object]:
+    """What runs the quantized linears of a loaded model, for reports.
+
+    Returns: "kernels" "reference" or the instruction set of the native ones, "activations" "float" or "int8", "products" how
+        many there are of the native ones, for "linears" linears.
+    """
+    linears = packed_linears(model)
+    products = {id(m.packed): m.packed for m in linears if m.packed is not None}
+    ways = sorted({packed.activations for packed in products.values()})
+    return {
+        "kernels": native.current_isa() if linears else "reference",
+        "activations": " and ".join(ways) or "float",
+        "products": len(products),
+        "linears": len(linears),
+    }
