@@ -62,6 +62,27 @@ CASES = [
         model="gpt2",
     ),
     Case(
+        "cbq",
+        [{"cbq": {"bits": 3, "group_size": 32, "iterations": 3, "batch_rows": 2, "window": 3, "overlap": 2}}],
+    ),
+    Case(
+        "cbq_low_rank_strides_conv1d",
+        [
+            {
+                "cbq": {
+                    "bits": 4,
+                    "group_size": 32,
+                    "iterations": 2,
+                    "parametrization": "low_rank",
+                    "window": 2,
+                    "overlap": 0,
+                },
+                "skip": "*.1.*.c_fc",
+            }
+        ],
+        model="gpt2",
+    ),
+    Case(
         "signround_experts",
         [{"signround": {"bits": 4, "group_size": 32, "start": "rtn", "iterations": 2}}],
         model="mixtral",
@@ -168,6 +189,15 @@ CASES = [
         [{"armor": {"block_size": 8, "n_iters": 5}}, {"gptq": {"bits": 4, "group_size": 32}}],
         model="llama",
         kl=2.5,
+    ),
+    Case("cospadi", [{"cospadi": {"keep_ratio": 0.7}}], [{"cospadi": {"keep_ratio": 0.9}}]),
+    Case("cospadi_ksvd_conv1d", [{"cospadi": {"engine": "ksvd", "rounds": 3, "start": "columns"}}], model="gpt2"),
+    Case("cospadi_shared_experts", [{"cospadi": {"share": 3}}], model="mixtral"),
+    Case(
+        "cospadi_shared_then_gptq",
+        [{"cospadi": {"keep_ratio": 0.9, "share": 2}}, {"gptq": {"bits": 6, "group_size": 8}}],
+        model="llama",
+        kl=0.8,
     ),
     Case("drop_blocks", [{"drop_blocks": {"n_drop": 1, "rows": 4}}], kl=2.5),
     Case(

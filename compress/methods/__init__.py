@@ -17,6 +17,7 @@ METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
     "gptq": "compress.methods.gptq:GPTQ",
     "signround": "compress.methods.signround:SignRound",
+    "cbq": "compress.methods.cbq:CBQ",
     "prune": "compress.methods.prune:Prune",
     "cospadi": "compress.methods.cospadi:CoSpaDi",
     "armor": "compress.methods.armor:Armor",

@@ -4,8 +4,8 @@
 
 The pipeline first rounds the block's layers site by site with another method (`start`), as if that were all; then it hands
 over the block, its inputs, and what the original model has at the block's end. A `window` of several blocks is learned
-together; the first of them is then finished, and the window moves on by one. What was learned of the others goes with it
-(`Learned.state`): it is small, and a resumed run finds it on disk.
+together; the first of them is then finished, and the window moves on. What was learned of the others goes with it
+(`Learned.state`), on disk too, where a resumed run finds it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class WindowTask:
         rows: the calibration data.
         run: the window's forward, [rows, length, hidden_size] -> the same, differentiable in what `replaced` put in.
         replaced: puts modules in the place of layers, by name, while it lasts.
-        last: whether the window ends with the model's last block.
+        final: whether the window stays no longer: its first block is to be finished from `states`, without learning.
         tell: takes a line about the progress.
     """
 
@@ -62,7 +62,7 @@ class WindowTask:
     rows: Rows
     run: Callable[[Tensor], Tensor]
     replaced: Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]
-    last: bool
+    final: bool
     tell: Callable[[str], None]
 
 
@@ -98,6 +98,11 @@ class BlockMethod(SiteMethod):
     @classmethod
     def window(cls, configs: Mapping[str, Any]) -> int:
         """How many blocks are learned together. Asked in the plan: RecipeError if settings differ that must not."""
+        return 1
+
+    @classmethod
+    def stride(cls, configs: Mapping[str, Any]) -> int:
+        """By how many blocks the window moves, 1 .. `window`: the blocks that it leaves are finished as they were learned."""
         return 1
 
     @classmethod

@@ -24,8 +24,6 @@ from compress.linalg.learned_rounding import (
     FACTOR_RANGE,
     Start,
     hard_offset,
-    learned_codes,
-    learned_grid,
     regulariser,
     rounded,
     soft_start,
@@ -40,16 +38,17 @@ SHOWN = 20  # lines of progress per window
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast. `lr` and `range_lr` are the first steps of V and c; `trim` is the fraction of the largest errors
-    of a batch that count nothing; `batch_rows` rows are run in each iteration."""
+    """How long and how fast. `lr` and `range_lr` are the first steps of V and c; `batch_rows` rows are run in each iteration;
+    `half`: products in bfloat16. `homologous`: the window with its original weights, on the inputs that it really has, is
+    matched too."""
 
     iterations: int
     lr: float
     range_lr: float
     batch_rows: int
-    trim: float
-    original_inputs: bool
-    half: bool
+    original_inputs: bool = False
+    half: bool = False
+    homologous: bool = False
 
 
 class LearnedLinear(nn.Module):
@@ -78,33 +77,46 @@ class LearnedLinear(nn.Module):
             self.offset.copy_(values[0])
             self.factor.copy_(values[1])
 
-    def final(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scale and zero points to be stored."""
-        with torch.no_grad():
-            grid = learned_grid(self.start, self.factor)
-            codes = learned_codes(self.start, self.offset, self.factor)
-        return codes, grid.scale, grid.zero_point  # type: ignore[return-value]
-
 
 class SoftLinear(LearnedLinear):
-    """The same, with each weight between its neighbours until `harden` (AdaRound); the scale stays as it is."""
+    """The same, with each weight between its neighbours until `harden` (AdaRound); the scale stays as it is.
 
-    def __init__(self, start: Start, bias: Tensor | None):
+    `rank`: V = V0 + A B, of which A [out, rank] and B [rank, in] are learned (CBQ's LoRA-Rounding); 0: V itself.
+    """
+
+    def __init__(self, start: Start, bias: Tensor | None, rank: int = 0, generator: torch.Generator | None = None):
         super().__init__(start, bias)
         self.offset.requires_grad_(False)
         self.factor.requires_grad_(False)
-        self.variable: Tensor | None = soft_start(start).requires_grad_()
+        self.base = soft_start(start)
+        self.soft = True
+        self.parts: tuple[Tensor, ...]
+        if rank == 0:
+            self.parts = (torch.zeros_like(self.base).requires_grad_(),)
+        else:
+            down = torch.randn(rank, self.in_features, generator=generator) / math.sqrt(self.in_features)
+            up = torch.zeros(self.out_features, rank)
+            self.parts = (up.to(self.base).requires_grad_(), down.to(self.base).requires_grad_())
+
+    def variable(self) -> Tensor:
+        """V [out, groups, group_size]."""
+        if len(self.parts) == 1:
+            return self.base + self.parts[0]
+        return self.base + (self.parts[0] @ self.parts[1]).view_as(self.base)
 
     def learned(self) -> Tensor:
-        return super().learned() if self.variable is None else softly_rounded(self.start, self.variable)
+        return softly_rounded(self.start, self.variable()) if self.soft else super().learned()
 
     def harden(self) -> float:
-        """Every weight to the neighbour it has chosen. Returns the fraction that had not chosen."""
-        assert self.variable is not None
+        """Every weight to the neighbour it has chosen, until `soften`. Returns the fraction that had not chosen."""
+        self.soft = False
         with torch.no_grad():
-            self.offset.copy_(hard_offset(self.start, self.variable))
-        left, self.variable = undecided(self.variable.detach()), None
-        return left
+            variable = self.variable()
+            self.offset.copy_(hard_offset(self.start, variable))
+        return undecided(variable)
+
+    def soften(self) -> None:
+        self.soft = True
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -174,7 +186,6 @@ def learn_signs(
     return Figures(first, losses[which], which)
 
 
-ADAM_LR = 1e-3  # AdaRound's code
 REGULARISER = 0.01  # lambda there, for losses summed over features
 BETAS = (20.0, 2.0)
 WARM_UP = 0.2  # of the iterations, without the regulariser
@@ -184,39 +195,62 @@ def learn_soft(
     task: WindowTask, modules: Mapping[str, SoftLinear], schedule: Schedule, loss: Loss, generator: torch.Generator
 ) -> tuple[Figures, float]:
     """AdaRound: Adam on the soft roundings, then every weight goes to the neighbour it has chosen. The start is kept if it is
-    better. Returns the figures, and the fraction of weights that had not chosen."""
+    better. The modules are hard afterwards. Returns the figures, and the fraction of weights that had not chosen."""
+    parts = [part for module in modules.values() for part in module.parts]
+    before = [part.detach().clone() for part in parts]
     with task.replaced(modules):
-        variables = [module.variable for module in modules.values() if module.variable is not None]
-        kept, start = [module.variable for module in modules.values()], [module.copy() for module in modules.values()]
+        first = _hard_loss(task, modules, schedule, loss)[0]
         for module in modules.values():
-            module.variable = None
-        first = _judged(task, modules, schedule, loss)
-        for module, variable in zip(modules.values(), kept, strict=True):
-            module.variable = variable
-        optimizer = torch.optim.Adam(variables, lr=ADAM_LR if schedule.lr == 0 else schedule.lr)
+            module.soften()
+        optimizer = torch.optim.Adam(parts, lr=schedule.lr)
         drawn = batches(task.rows.lengths, schedule.batch_rows, generator)
         for iteration in range(schedule.iterations):
-            progress = iteration / schedule.iterations
-            value = _loss(task, next(drawn), schedule, loss)
+            with torch.enable_grad():
+                value = _loss(task, modules, next(drawn), schedule, loss) + _choosing(
+                    task, modules, iteration, schedule
+                )
             if not math.isfinite(float(value)):
                 raise NumericsError(f"{task.name}: the loss of iteration {iteration} is {float(value)}; use more bits")
-            width = task.rows.targets([0]).shape[-1]
-            if progress >= WARM_UP:
-                beta = BETAS[0] + (BETAS[1] - BETAS[0]) * (progress - WARM_UP) / (1 - WARM_UP)
-                with torch.enable_grad():  # the loss is a mean over features, lambda is for a sum
-                    value = value + REGULARISER / width * sum(regulariser(v, beta) for v in variables)
-            gradients = torch.autograd.grad(value, variables, allow_unused=True)
-            for variable, gradient in zip(variables, gradients, strict=True):
-                variable.grad = gradient
+            gradients = torch.autograd.grad(value, parts, allow_unused=True)
+            for part, gradient in zip(parts, gradients, strict=True):
+                part.grad = gradient
             optimizer.step()
-            if (iteration + 1) % max(1, schedule.iterations // SHOWN) == 0:
-                task.tell(f"{task.name}: {iteration + 1} of {schedule.iterations}, loss {float(value):.4g}")
-        sizes = [module.offset.numel() for module in modules.values()]
-        left = sum(module.harden() * n for module, n in zip(modules.values(), sizes, strict=True)) / sum(sizes)
-        last = _judged(task, modules, schedule, loss)
+            _show(task, iteration, schedule, float(value))
+        last, left = _hard_loss(task, modules, schedule, loss)
         if last >= first:
-            _put(modules, start)
+            with torch.no_grad():
+                for part, value in zip(parts, before, strict=True):
+                    part.copy_(value)
+            _, left = _hard_loss(task, modules, schedule, loss)
     return Figures(first, min(first, last), "last" if last < first else "start"), left
+
+
+def _hard_loss(
+    task: WindowTask, modules: Mapping[str, SoftLinear], schedule: Schedule, loss: Loss
+) -> tuple[float, float]:
+    """The judged loss of hard roundings, and the fraction of weights that had not chosen."""
+    sizes = [module.offset.numel() for module in modules.values()]
+    left = sum(module.harden() * n for module, n in zip(modules.values(), sizes, strict=True)) / sum(sizes)
+    return _judged(task, modules, schedule, loss), left
+
+
+def _choosing(
+    task: WindowTask, modules: Mapping[str, SoftLinear], iteration: int, schedule: Schedule
+) -> Tensor | float:
+    """What drives every weight to one of its neighbours, once the warm-up is over."""
+    progress = iteration / schedule.iterations
+    if progress < WARM_UP:
+        return 0.0
+    beta = BETAS[0] + (BETAS[1] - BETAS[0]) * (progress - WARM_UP) / (1 - WARM_UP)
+    width = task.rows.targets([0]).shape[-1]  # the loss is a mean over features, lambda is for their sum
+    with torch.enable_grad():
+        total = torch.stack([regulariser(module.variable(), beta) for module in modules.values()]).sum()
+        return REGULARISER / width * total
+
+
+def _show(task: WindowTask, iteration: int, schedule: Schedule, loss: float) -> None:
+    if (iteration + 1) % max(1, schedule.iterations // SHOWN) == 0:
+        task.tell(f"{task.name}: {iteration + 1} of {schedule.iterations}, loss {loss:.4g}")
 
 
 def _put(modules: Mapping[str, LearnedLinear], values: Sequence[Sequence[Tensor]]) -> None:
@@ -232,7 +266,7 @@ def _descend(
     drawn = batches(task.rows.lengths, schedule.batch_rows, generator)
     best, least = [module.copy() for module in modules.values()], math.inf
     for iteration in range(schedule.iterations):
-        value = _loss(task, next(drawn), schedule, loss)
+        value = _loss(task, modules, next(drawn), schedule, loss)
         number = float(value)
         if not math.isfinite(number):
             raise NumericsError(
@@ -250,8 +284,7 @@ def _descend(
                     parameter.sub_(gradient.sign_(), alpha=schedule.range_lr * share).clamp_(*FACTOR_RANGE)
                 else:
                     parameter.sub_(gradient.sign_(), alpha=schedule.lr * share).clamp_(-0.5, 0.5)
-        if (iteration + 1) % max(1, schedule.iterations // SHOWN) == 0:
-            task.tell(f"{task.name}: {iteration + 1} of {schedule.iterations}, loss {number:.4g}")
+        _show(task, iteration, schedule, number)
     return best
 
 
@@ -259,12 +292,31 @@ def _is_factor(parameter: Tensor, modules: Mapping[str, LearnedLinear]) -> bool:
     return any(parameter is module.factor for module in modules.values())
 
 
-def _loss(task: WindowTask, rows: list[int], schedule: Schedule, loss: Loss) -> Tensor:
+def _loss(
+    task: WindowTask, modules: Mapping[str, LearnedLinear], rows: list[int], schedule: Schedule, loss: Loss
+) -> Tensor:
     x = task.rows.inputs(rows, original=schedule.original_inputs)
     with torch.enable_grad(), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=schedule.half):
         output = task.run(x)
+    own = None
+    if schedule.homologous:
+        own = _with_weights(task, modules, {name: layer.weight for name, layer in task.layers.items()}, x)
     with torch.enable_grad():
-        return loss(output, task.rows.targets(rows))
+        value = loss(output, task.rows.targets(rows))
+        return value if own is None else value + loss(output, own)
+
+
+def _with_weights(
+    task: WindowTask, modules: Mapping[str, LearnedLinear], weights: Mapping[str, Tensor], x: Tensor
+) -> Tensor:
+    """What the window makes of `x` with these weights."""
+    with torch.no_grad():
+        for name, module in modules.items():
+            module.frozen = weights[name]
+        output = task.run(x)
+        for module in modules.values():
+            module.frozen = None
+    return output
 
 
 def _judged(task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Schedule, loss: Loss) -> float:

@@ -32,8 +32,8 @@ from pydantic import Field, model_validator
 from compress.calibration.statistics import Request
 from compress.errors import NumericsError
 from compress.linalg.grid import Grid
-from compress.linalg.learned_rounding import Start
-from compress.methods.base import LayerShape, MethodConfig, Outcome, SiteMethod, shared
+from compress.linalg.learned_rounding import Start, learned_codes, learned_grid
+from compress.methods.base import Layer, LayerShape, MethodConfig, Outcome, SiteMethod, shared
 from compress.methods.block import BlockMethod, Learned, WindowTask
 from compress.methods.block_learning import (
     Figures,
@@ -45,10 +45,11 @@ from compress.methods.block_learning import (
     squared_error,
 )
 from compress.methods.gptq import GPTQ, GPTQConfig
-from compress.methods.rtn import RTN, RTNConfig
+from compress.methods.rtn import RTN, RTNConfig, quantized_module
 from compress.modules.quantized import QuantizedModule
 from compress.modules.quantized_spec import QuantizedSpec
 
+ADAM_LR = 1e-3  # AdaRound's code
 TRAINING_FIELDS = (
     "start", "parametrization", "iterations", "lr", "range_lr", "learn_ranges", "batch_rows", "trim", "inputs", "half",
 )  # fmt: skip
@@ -65,7 +66,10 @@ class SignRoundConfig(GPTQConfig):
     )
     iterations: int = Field(200, ge=0, description="steps per block; 0 is the start itself")
     lr: float | None = Field(
-        None, gt=0, le=1, description="first step of the offsets, in steps of the grid [default: 1 / iterations]"
+        None,
+        gt=0,
+        le=1,
+        description="first step of the offsets, in steps of the grid [default: 1 / iterations; adaround: 0.001]",
     )
     range_lr: float | None = Field(None, ge=0, le=1, description="first step of the range factors [default: lr]")
     learn_ranges: bool = Field(True, description="learn the ranges too")
@@ -84,12 +88,10 @@ class SignRoundConfig(GPTQConfig):
         return self
 
     def schedule(self) -> Schedule:
-        lr = self.lr or 1 / max(self.iterations, 1)
-        if self.parametrization == "adaround":
-            lr = self.lr or 0.0
+        lr = self.lr or (ADAM_LR if self.parametrization == "adaround" else 1 / max(self.iterations, 1))
         range_lr = lr if self.range_lr is None else self.range_lr
         original = self.inputs == "original"
-        return Schedule(self.iterations, lr, range_lr, self.batch_rows, self.trim, original, self.half)
+        return Schedule(self.iterations, lr, range_lr, self.batch_rows, original, self.half)
 
 
 class SignRound(BlockMethod):
@@ -180,19 +182,25 @@ def outcome(task: WindowTask, name: str, module: LearnedLinear, figures: Figures
     """A finished layer. Report: what its start reported, as `start_...`; `block_error`, the block's mean squared error on the
     judged rows, and `block_error_start`, that before learning; `moved`, the fraction of codes that differ from the start's;
     `undecided`, of AdaRound, the fraction of weights that had chosen no neighbour."""
-    codes, scale, zero_point = module.final()
-    if not torch.isfinite(scale).all():
-        raise NumericsError(f"{name}: a scale is not finite after learning; lower range_lr")
     started = task.started[name]
     first = started.module
     assert isinstance(first, QuantizedModule)
-    stored = QuantizedModule.from_codes(codes, scale, zero_point, first.spec, task.layers[name].bias)
+    stored = stored_module(task.layers[name], module)
     report = {f"start_{key}": value for key, value in started.report.items()}
     report |= {"block_error_start": figures.start, "block_error": figures.kept}
-    report["moved"] = float((first.codes() != codes).float().mean())
+    report["moved"] = float((first.codes() != stored.codes()).float().mean())
     if left is not None:
         report["undecided"] = left
     notes = list(started.notes)
     if figures.which == "start":
         notes.append("learning found nothing better than its start, which was kept")
     return Outcome(stored, report, notes)
+
+
+def stored_module(layer: Layer, module: LearnedLinear) -> QuantizedModule:
+    """What is stored of a layer whose rounding was learned. Raises: NumericsError."""
+    grid = learned_grid(module.start, module.factor.detach())
+    if not torch.isfinite(grid.scale).all():
+        raise NumericsError(f"{layer.name}: a scale is not finite after learning; lower range_lr")
+    codes = learned_codes(module.start, module.offset.detach(), module.factor.detach())
+    return quantized_module(layer, codes, grid)

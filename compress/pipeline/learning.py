@@ -59,7 +59,7 @@ class Learner:
         configs = {name: config for name, (_, config) in first.items()}
         needs_data = any(method.needs_tokens(config) for config in configs.values())
         self.start = replace(step, method=method, configs=configs, needs_data=needs_data, starts=True)
-        self.width = self.method.window(step.configs)
+        self.width, self.stride = self.method.window(step.configs), self.method.stride(step.configs)
         self.states: dict[str, dict[str, Tensor]] = {}
         self.ahead: HiddenStates | None = None  # of the original model, at the end of the window
         self.behind: HiddenStates | None = None  # of the original model, at the window's beginning, where wanted
@@ -99,8 +99,14 @@ class Learner:
             if hidden is not None:
                 hidden.close()
 
+    def _learns(self, index: int) -> bool:
+        """Whether a window begins with block `index`; others are finished as the one that left them has them."""
+        return (index - self.first) % self.stride == 0
+
     def _end(self, index: int) -> int:
-        return min(index + self.width, self.stage.model.n_blocks)
+        """Behind which block the window ends that begins with `index`, or that left it."""
+        begin = index - (index - self.first) % self.stride if index > self.first else index
+        return min(begin + self.width, self.stage.model.n_blocks)
 
     def _propagate(self, index: int, hidden: HiddenStates) -> None:
         model = self.stage.model
@@ -124,12 +130,13 @@ class Learner:
         originals = {name: parent.get_submodule(attribute) for name, (parent, attribute) in places.items()}
         layers = {name: self._layer(name, index, before) for name in names}
         started: dict[str, Outcome] = {}
+        final = not self._learns(index)
         if not all(name in self.states for name in names):
             started |= self.begin(block, index, self.start, hidden, before)
             for name, (parent, attribute) in places.items():
                 parent._modules[attribute] = originals[name]
         blocks = {index: block}
-        if self._end(index) > index + 1:
+        if not final and self._end(index) > index + 1:
             self._begin_rest(index, hidden, blocks, places, layers, started)
         assert self.ahead is not None
         task = WindowTask(
@@ -141,7 +148,7 @@ class Learner:
             rows=WindowRows(hidden, self.behind, self.ahead, self.stage.device),
             run=lambda x: self._run(blocks, x),
             replaced=lambda modules: _replaced(places, modules),
-            last=self._end(index) == self.stage.model.n_blocks,
+            final=final,
             tell=self.tell,
         )
         learned = self.method.learn(task, self.stage.generator(self.step, task.name, "learn"))
@@ -213,9 +220,10 @@ class Learner:
     # ---- what goes on with the window
 
     def _keep(self, index: int, learned: Learned) -> None:
-        self.states = learned.state
+        if self._learns(index):
+            self.states = learned.state
         flat = {
-            f"{name}/{key}": value.contiguous() for name, state in learned.state.items() for key, value in state.items()
+            f"{name}/{key}": value.contiguous() for name, state in self.states.items() for key, value in state.items()
         }
         file = self._file(index)
         replace_file(file, lambda stream: stream.write(save(flat)))
@@ -233,7 +241,8 @@ class Learner:
 
     def _check_restored(self, index: int, names: list[str]) -> None:
         """Raises: CheckpointError if what was learned of block `index` by an interrupted run is gone."""
-        if self.width > 1 and index > self.first and not all(name in self.states for name in names):
+        known = index > self.first and (self.width > self.stride or not self._learns(index))
+        if known and not all(name in self.states for name in names):
             raise CheckpointError(
                 f"{self._file(index - 1)}: is gone, which held what was learned of {self.stage.model.architecture.blocks[index]} "
                 f"when the run stopped; start again with --overwrite"
