@@ -44,7 +44,7 @@ CC_DEVICE uint32_t field(uint32_t word) {
   constexpr int shift = shift_for<T, BITS>(OFFSET), o = OFFSET - shift;
   constexpr uint32_t mask = both(((1u << BITS) - 1) << o), one = magic<T>();
   constexpr uint32_t factor = inverse_power<T>(o), offset = minus_middle<T, BITS>(o);
-  return fma_pair<T>(((word >> shift) & mask) | one, factor, offset);
+  return fma_pair<T>(and_or(word >> shift, mask, one), factor, offset);
 }
 
 // The last pair of 3 bits: its bits are the top bits of the halves of three words.

@@ -55,6 +55,13 @@ __device__ __forceinline__ uint32_t fma_pair<BF16>(uint32_t a, uint32_t b, uint3
   return d;
 }
 
+// (word & mask) | pattern in one instruction: written out, it becomes two, since each takes one constant.
+CC_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t pattern) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "r"(mask), "r"(pattern));
+  return d;
+}
+
 CC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 CC_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 

@@ -48,6 +48,19 @@ CC_HD Stage stage_of(int bits, int rows, int tokens, int groups_per_block, bool 
 // so that the 8 lanes that shared memory serves at a time read 8 different 16-byte banks.
 CC_HD int x_chunk(int token, int c) { return token * (BLOCK * 2) + ((c ^ (token & 1) * 4) * VECTOR_BYTES); }
 
+// Which group block k belongs to, without a division per block.
+struct Walk {
+  int32_t group, rest;  // the group's number, and how many of its blocks lie before
+};
+CC_DEVICE Walk walk_from(const Linear& a, int k) {
+  if (a.groups_per_block == 2) return {2 * k, 0};
+  return {k / a.blocks_per_group, k % a.blocks_per_group};
+}
+CC_DEVICE void advance(const Linear& a, Walk& w) {
+  if (a.groups_per_block == 2) w.group += 2;
+  else if (++w.rest == a.blocks_per_group) ++w.group, w.rest = 0;
+}
+
 template <int NT>
 struct Sums {
   float group[TILES][NT][4];  // of the group at hand, without its scale
@@ -80,10 +93,10 @@ CC_DEVICE void clear(Sums<NT>& s) {
 
 // The group at hand joins the total. scales, zeros: those of its rows, at this lane's g.
 template <int BITS, int NT>
-CC_DEVICE void close_group(Sums<NT>& s, const uint8_t* scales, const uint8_t* zeros, bool bf16) {
+CC_DEVICE void close_group(Sums<NT>& s, const uint8_t* scales, const uint8_t* zeros, bool symmetric, bool bf16) {
   float scale[8];
   scales_of(load_16(scales), bf16, scale);
-  if (zeros) {
+  if (!symmetric) {
     const uint2 packed = load_8(zeros);
 #pragma unroll
     for (int m = 0; m < TILES; ++m)
@@ -148,7 +161,7 @@ CC_DEVICE void block_product(Sums<NT>& s, const Linear& a, const uint8_t* codes,
     step<T, BITS, NT>(s, words + (2 * h + 1) * BITS, b, a.zeros != nullptr);
     if (a.groups_per_block == 2 || (h == 1 && group_ends)) {
       const int group = a.groups_per_block == 2 ? h : 0;
-      close_group<BITS>(s, scales + group * SCALE_BYTES, zeros ? zeros + group * ZERO_BYTES : nullptr, a.scales_bf16);
+      close_group<BITS>(s, scales + group * SCALE_BYTES, zeros + group * ZERO_BYTES, a.zeros == nullptr, a.scales_bf16);
     }
   }
 }

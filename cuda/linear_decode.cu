@@ -12,26 +12,61 @@
 constexpr int DECODE_WARPS = 4;  // with 4 stages of 4 bits 48 KB: 2 thread blocks in the 100 KB of sm_86, 4 in an H100's 228
 constexpr int SUM_STRIDE = BLOCK + 4;  // floats between tokens: a warp's stores fall into 32 different banks
 
-template <class T, int BITS, int NT>
-CC_DEVICE void decode_issue(const Linear& a, const Stage& stage, uint8_t* to, int row_block, int k, uint64_t policy) {
+// What a lane copies, block after block.
+template <int BITS, int NT>
+struct DecodeSource {
+  const uint8_t *codes, *scales, *zeros;  // of the row block; codes of the next block at this lane
+  const uint16_t* x[NT];                  // of the next block: this lane's 8 inputs of each token
+  int x_left;                             // columns of x from there on
+  bool token[NT];                         // there is such a token
+  int codes_to, x_to[2], lane_scale;      // places in a stage
+  Walk walk;
+};
+
+template <int BITS, int NT>
+CC_DEVICE DecodeSource<BITS, NT> decode_source(const Linear& a, const Stage& stage, int row_block, int k) {
   const int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-  const uint8_t* codes = a.codes + (int64_t(row_block) * a.input_blocks + k) * block_bytes(BITS) + lane * VECTOR_BYTES;
+  DecodeSource<BITS, NT> from;
+  from.codes = a.codes + (int64_t(row_block) * a.input_blocks + k) * block_bytes(BITS) + lane * VECTOR_BYTES;
+  from.scales = a.scales + int64_t(row_block) * a.n_groups * SCALE_BYTES + lane * 16;
+  from.zeros = a.zeros + int64_t(row_block) * a.n_groups * ZERO_BYTES + lane * 8;
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    const int token = n * TOKENS + g;
+    from.token[n] = token < a.tokens;
+    from.x[n] = a.x + (from.token[n] ? token : 0) * a.x_stride + k * BLOCK + 8 * t;
+  }
+  from.x_left = a.x_columns - k * BLOCK - 8 * t;
+  from.codes_to = lane * VECTOR_BYTES;
+  from.x_to[0] = stage.x_at + x_chunk(g, t);
+  from.x_to[1] = stage.x_at + x_chunk(g, 4 + t);
+  from.lane_scale = lane;
+  from.walk = walk_from(a, k);
+  return from;
+}
+
+// The next block is on its way into a stage at `to`.
+template <int BITS, int NT>
+CC_DEVICE void issue(const Linear& a, const Stage& stage, DecodeSource<BITS, NT>& from, uint8_t* to, uint64_t policy) {
 #pragma unroll
   for (int j = 0; j < BITS; ++j)
-    copy_once(to + (j * LANES + lane) * VECTOR_BYTES, codes + j * LANES * VECTOR_BYTES, policy);
+    copy_once(to + from.codes_to + j * LANES * VECTOR_BYTES, from.codes + j * LANES * VECTOR_BYTES, policy);
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int token = n * TOKENS + g, column = k * BLOCK + 32 * h + 8 * t;
-      const bool real = token < a.tokens && column < a.x_columns;
-      copy_or_zero(to + stage.x_at + x_chunk(token, 4 * h + t), real ? a.x + token * a.x_stride + column : a.x, real);
+      const bool real = from.token[n] && 32 * h < from.x_left;
+      copy_or_zero(to + from.x_to[h] + n * X_BYTES, real ? from.x[n] + 32 * h : a.x, real);
     }
-  if (lane < 8 * a.groups_per_block) {
-    const int64_t at = int64_t(row_block) * a.n_groups + (a.groups_per_block == 2 ? 2 * k : k / a.blocks_per_group);
-    copy_or_zero(to + stage.scales_at + lane * 16, a.scales + at * SCALE_BYTES + lane * 16, true);
-    if (a.zeros) copy_8(to + stage.zeros_at + lane * 8, a.zeros + at * ZERO_BYTES + lane * 8);
+  if (from.lane_scale < 8 * a.groups_per_block) {
+    copy_or_zero(to + stage.scales_at + from.lane_scale * 16, from.scales + int64_t(from.walk.group) * SCALE_BYTES, true);
+    if (a.zeros) copy_8(to + stage.zeros_at + from.lane_scale * 8, from.zeros + int64_t(from.walk.group) * ZERO_BYTES);
   }
+  from.codes += block_bytes(BITS);
+#pragma unroll
+  for (int n = 0; n < NT; ++n) from.x[n] += BLOCK;
+  from.x_left -= BLOCK;
+  advance(a, from.walk);
 }
 
 template <class T, int BITS, int NT>
@@ -42,34 +77,36 @@ __global__ void __launch_bounds__(DECODE_WARPS* LANES) decode_kernel(Linear a) {
   const int part = split * DECODE_WARPS + warp, parts = a.splits * DECODE_WARPS;
   const Range run = share(a.input_blocks, part, parts);
   const Stage stage = stage_of(BITS, 1, NT * TOKENS, a.groups_per_block, a.zeros == nullptr);
-  uint8_t* ring = shared + warp * STAGES<BITS> * stage.bytes;
+  uint8_t* const ring = shared + warp * STAGES<BITS> * stage.bytes;
+  uint8_t* const ring_end = ring + STAGES<BITS> * stage.bytes;
   const uint64_t policy = read_once();
+  DecodeSource<BITS, NT> from = decode_source<BITS, NT>(a, stage, row_block, run.begin);
+  Walk walk = from.walk;
 
   Sums<NT> s;
   clear(s);
+  uint8_t *to = ring, *here = ring;  // the stages to be filled and used next
 #pragma unroll
   for (int i = 0; i < STAGES<BITS> - 1; ++i) {
-    if (run.begin + i < run.end)
-      decode_issue<T, BITS, NT>(a, stage, ring + i * stage.bytes, row_block, run.begin + i, policy);
+    if (run.begin + i < run.end) issue(a, stage, from, to, policy);
     copies_commit();
+    to += stage.bytes;
   }
   for (int k = run.begin; k < run.end; ++k) {
     copies_wait<STAGES<BITS> - 2>();  // block k has come for this lane,
-    warp_barrier();             // for all lanes; and all are done with block k - 1, whose place is taken next
-    const int next = k + STAGES<BITS> - 1;
-    if (next < run.end)
-      decode_issue<T, BITS, NT>(a, stage, ring + (next - run.begin) % STAGES<BITS> * stage.bytes, row_block, next, policy);
+    warp_barrier();                   // for all lanes; and all are done with block k - 1, whose place is taken next
+    if (k + STAGES<BITS> - 1 < run.end) issue(a, stage, from, to, policy);
     copies_commit();
-    const uint8_t* here = ring + (k - run.begin) % STAGES<BITS> * stage.bytes;
-    const bool ends = a.groups_per_block == 1 && (k + 1 == run.end || (k + 1) % a.blocks_per_group == 0);
+    to = to + stage.bytes == ring_end ? ring : to + stage.bytes;
+    const bool ends = a.groups_per_block == 1 && (k + 1 == run.end || walk.rest + 1 == a.blocks_per_group);
     block_product<T, BITS, NT>(s, a, here + lane * VECTOR_BYTES, here + stage.x_at + g * BLOCK * 2,
-                               here + stage.scales_at + g * 16, a.zeros ? here + stage.zeros_at + g * 8 : nullptr, ends);
+                               here + stage.scales_at + g * 16, here + stage.zeros_at + g * 8, ends);
+    here = here + stage.bytes == ring_end ? ring : here + stage.bytes;
+    advance(a, walk);
   }
-  if (a.groups_per_block == 0) {
-    const int64_t at = row_block;
-    close_group<BITS>(s, a.scales + at * SCALE_BYTES + g * 16, a.zeros ? a.zeros + at * ZERO_BYTES + g * 8 : nullptr,
-                      a.scales_bf16);
-  }
+  if (a.groups_per_block == 0)
+    close_group<BITS>(s, a.scales + int64_t(row_block) * SCALE_BYTES + g * 16,
+                      a.zeros + int64_t(row_block) * ZERO_BYTES + g * 8, a.zeros == nullptr, a.scales_bf16);
   if (a.left) low_rank<T, NT>(s, a, row_block, 0, share(a.rank_blocks, part, parts));
 
   block_barrier();  // the rings are free: the sums of all warps go there
@@ -106,12 +143,16 @@ static int decode(const Linear& a, void* stream) {
 
 template <class T, int NT>
 static int decode_bits(int bits, const Linear& a, void* stream) {
+#ifdef CC_ONLY_BITS  // a quick build, to look at the code of one width
+  return bits == CC_ONLY_BITS ? decode<T, CC_ONLY_BITS, NT>(a, stream) : CC_ERR_BITS;
+#else
   switch (bits) {
     case 2: return decode<T, 2, NT>(a, stream);
     case 3: return decode<T, 3, NT>(a, stream);
     case 4: return decode<T, 4, NT>(a, stream);
     default: return decode<T, 8, NT>(a, stream);
   }
+#endif
 }
 
 extern "C" int cc_linear_decode(const cc_weight* weight, const void* buffer, int64_t buffer_bytes,

@@ -15,31 +15,60 @@ constexpr int WARP_TILES = 4;                       // of 8 tokens
 constexpr int WARP_TOKENS = WARP_TILES * TOKENS;    // 32
 constexpr int OUT_STRIDE = BLOCK + 4;               // floats between tokens, as in linear_decode.cu
 
-template <class T, int BITS, int TW>
-CC_DEVICE void tensor_issue(const Linear& a, const Stage& stage, uint8_t* to, int first_row_block, int first_token, int k,
-                            uint64_t policy) {
-  constexpr int THREADS = ROW_WARPS * TW * LANES, PER_ROW = BITS * LANES;
-  const int thread = threadIdx.x;
+// What a thread copies, block after block: its warp's codes, shared with the other warps of the same rows, and 2 pieces of x.
+struct TensorSource {
+  const uint8_t *codes, *scales, *zeros;  // of the row block; codes of the next block at this lane
+  const uint16_t* x[2];                   // of the next block
+  int x_left;                             // columns of x from there on
+  bool token[2];                          // there is such a token
+  int codes_to, x_to[2];                  // places in a stage
+  Walk walk;
+};
+
+template <int BITS, int TW>
+CC_DEVICE TensorSource tensor_source(const Linear& a, const Stage& stage, int row_block, int first_token, int k) {
+  const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, chunk = threadIdx.x % 8;
+  TensorSource from;
+  from.codes = a.codes + (int64_t(row_block) * a.input_blocks + k) * block_bytes(BITS) + lane * VECTOR_BYTES;
+  from.scales = a.scales + int64_t(row_block) * a.n_groups * SCALE_BYTES + lane * 16;
+  from.zeros = a.zeros + int64_t(row_block) * a.n_groups * ZERO_BYTES + lane * 8;
 #pragma unroll
-  for (int i = thread; i < ROW_WARPS * PER_ROW; i += THREADS) {
-    const int row_block = min(first_row_block + i / PER_ROW, a.row_blocks - 1);
-    copy_once(to + i * VECTOR_BYTES,
-              a.codes + (int64_t(row_block) * a.input_blocks + k) * block_bytes(BITS) + i % PER_ROW * VECTOR_BYTES, policy);
+  for (int i = 0; i < 2; ++i) {
+    const int token = threadIdx.x / 8 + i * (TW * WARP_TOKENS / 2);
+    from.token[i] = first_token + token < a.tokens;
+    from.x[i] = a.x + (from.token[i] ? first_token + token : 0) * a.x_stride + k * BLOCK + 8 * chunk;
+    from.x_to[i] = stage.x_at + x_chunk(token, chunk);
   }
+  from.x_left = a.x_columns - k * BLOCK - 8 * chunk;
+  from.codes_to = warp / TW * block_bytes(BITS) + lane * VECTOR_BYTES;
+  from.walk = walk_from(a, k);
+  return from;
+}
+
+// The next block is on its way into a stage at `to`.
+template <int BITS, int TW>
+CC_DEVICE void issue(const Linear& a, const Stage& stage, TensorSource& from, uint8_t* to, uint64_t policy) {
+  const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
 #pragma unroll
-  for (int i = thread; i < TW * WARP_TOKENS * 8; i += THREADS) {
-    const int token = i / 8, chunk = i % 8, column = k * BLOCK + chunk * 8;
-    const bool real = first_token + token < a.tokens && column < a.x_columns;
-    copy_or_zero(to + stage.x_at + x_chunk(token, chunk), real ? a.x + (first_token + token) * a.x_stride + column : a.x,
-                 real);
+  for (int j = 0; j < BITS; ++j)
+    if (j % TW == warp % TW)
+      copy_once(to + from.codes_to + j * LANES * VECTOR_BYTES, from.codes + j * LANES * VECTOR_BYTES, policy);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool real = from.token[i] && from.x_left > 0;
+    copy_or_zero(to + from.x_to[i], real ? from.x[i] : a.x, real);
+    from.x[i] += BLOCK;
   }
-  const int per_row = 8 * a.groups_per_block;
-  if (thread < ROW_WARPS * per_row) {
-    const int row_block = min(first_row_block + thread / per_row, a.row_blocks - 1), i = thread % per_row;
-    const int64_t at = int64_t(row_block) * a.n_groups + (a.groups_per_block == 2 ? 2 * k : k / a.blocks_per_group);
-    copy_or_zero(to + stage.scales_at + thread * 16, a.scales + at * SCALE_BYTES + i * 16, true);
-    if (a.zeros) copy_8(to + stage.zeros_at + thread * 8, a.zeros + at * ZERO_BYTES + i * 8);
+  if (warp % TW == 0 && lane < 8 * a.groups_per_block) {
+    const int at = warp / TW * a.groups_per_block;
+    copy_or_zero(to + stage.scales_at + at * SCALE_BYTES + lane * 16,
+                 from.scales + int64_t(from.walk.group) * SCALE_BYTES, true);
+    if (a.zeros)
+      copy_8(to + stage.zeros_at + at * ZERO_BYTES + lane * 8, from.zeros + int64_t(from.walk.group) * ZERO_BYTES);
   }
+  from.codes += block_bytes(BITS);
+  from.x_left -= BLOCK;
+  advance(a, from.walk);
 }
 
 template <class T, int BITS, int TW>
@@ -49,40 +78,41 @@ __global__ void __launch_bounds__(ROW_WARPS* TW* LANES) tensor_kernel(Linear a) 
   const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
   const int row_warp = warp / TW, token_warp = warp % TW;
   const int first_row_block = blockIdx.x * ROW_WARPS, split = blockIdx.y, first_token = blockIdx.z * TW * WARP_TOKENS;
-  const int row_block = min(first_row_block + row_warp, a.row_blocks - 1);
+  const int row_block = min(first_row_block + row_warp, a.row_blocks - 1);  // the last warps may do the last rows again
   const Range run = share(a.input_blocks, split, a.splits);
   const Stage stage = stage_of(BITS, ROW_WARPS, TW * WARP_TOKENS, a.groups_per_block, a.zeros == nullptr);
+  uint8_t* const ring_end = shared + STAGES<BITS> * stage.bytes;
   const uint64_t policy = read_once();
+  TensorSource from = tensor_source<BITS, TW>(a, stage, row_block, first_token, run.begin);
+  Walk walk = from.walk;
 
   Sums<NT> s;
   clear(s);
+  uint8_t *to = shared, *here = shared;  // the stages to be filled and used next
 #pragma unroll
   for (int i = 0; i < STAGES<BITS> - 1; ++i) {
-    if (run.begin + i < run.end)
-      tensor_issue<T, BITS, TW>(a, stage, shared + i * stage.bytes, first_row_block, first_token, run.begin + i, policy);
+    if (run.begin + i < run.end) issue<BITS, TW>(a, stage, from, to, policy);
     copies_commit();
+    to += stage.bytes;
   }
   for (int k = run.begin; k < run.end; ++k) {
     copies_wait<STAGES<BITS> - 2>();  // block k has come for this thread,
-    block_barrier();            // for all threads; and all are done with block k - 1, whose place is taken next
-    const int next = k + STAGES<BITS> - 1;
-    if (next < run.end)
-      tensor_issue<T, BITS, TW>(a, stage, shared + (next - run.begin) % STAGES<BITS> * stage.bytes, first_row_block, first_token,
-                                next, policy);
+    block_barrier();                  // for all threads; and all are done with block k - 1, whose place is taken next
+    if (k + STAGES<BITS> - 1 < run.end) issue<BITS, TW>(a, stage, from, to, policy);
     copies_commit();
-    const uint8_t* here = shared + (k - run.begin) % STAGES<BITS> * stage.bytes;
+    to = to + stage.bytes == ring_end ? shared : to + stage.bytes;
     const int groups = row_warp * a.groups_per_block;
-    const bool ends = a.groups_per_block == 1 && (k + 1 == run.end || (k + 1) % a.blocks_per_group == 0);
+    const bool ends = a.groups_per_block == 1 && (k + 1 == run.end || walk.rest + 1 == a.blocks_per_group);
     block_product<T, BITS, NT>(s, a, here + row_warp * block_bytes(BITS) + lane * VECTOR_BYTES,
                                here + stage.x_at + (token_warp * WARP_TOKENS + g) * BLOCK * 2,
                                here + stage.scales_at + groups * SCALE_BYTES + g * 16,
-                               a.zeros ? here + stage.zeros_at + groups * ZERO_BYTES + g * 8 : nullptr, ends);
+                               here + stage.zeros_at + groups * ZERO_BYTES + g * 8, ends);
+    here = here + stage.bytes == ring_end ? shared : here + stage.bytes;
+    advance(a, walk);
   }
-  if (a.groups_per_block == 0) {
-    const int64_t at = row_block;
-    close_group<BITS>(s, a.scales + at * SCALE_BYTES + g * 16, a.zeros ? a.zeros + at * ZERO_BYTES + g * 8 : nullptr,
-                      a.scales_bf16);
-  }
+  if (a.groups_per_block == 0)
+    close_group<BITS>(s, a.scales + int64_t(row_block) * SCALE_BYTES + g * 16,
+                      a.zeros + int64_t(row_block) * ZERO_BYTES + g * 8, a.zeros == nullptr, a.scales_bf16);
   const int warp_token = first_token + token_warp * WARP_TOKENS;
   if (a.left) low_rank<T, NT>(s, a, row_block, warp_token, share(a.rank_blocks, split, a.splits));
 
@@ -120,12 +150,16 @@ static int tensor(const Linear& a, void* stream) {
 
 template <class T, int TW>
 static int tensor_bits(int bits, const Linear& a, void* stream) {
+#ifdef CC_ONLY_BITS  // a quick build, to look at the code of one width
+  return bits == CC_ONLY_BITS ? tensor<T, CC_ONLY_BITS, TW>(a, stream) : CC_ERR_BITS;
+#else
   switch (bits) {
     case 2: return tensor<T, 2, TW>(a, stream);
     case 3: return tensor<T, 3, TW>(a, stream);
     case 4: return tensor<T, 4, TW>(a, stream);
     default: return tensor<T, 8, TW>(a, stream);
   }
+#endif
 }
 
 extern "C" int cc_linear_tensor(const cc_weight* weight, const void* buffer, int64_t buffer_bytes,
