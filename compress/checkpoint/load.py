@@ -17,6 +17,7 @@ from compress.checkpoint.seal import check_all
 from compress.checkpoint.source import SHIPPED, find_source
 from compress.checkpoint.stack import no_stack
 from compress.errors import CheckpointError
+from compress.kernels.choice import Activations, Choice, Kernels, choosing
 from compress.models.families import is_ignored
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def load(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     memory_budget: Budget | str | int | None = None,
+    kernels: Kernels = "auto",
+    activations: Activations = "int8",
 ) -> PreTrainedModel:
     """Load a causal language model to run, compressed or not.
 
@@ -46,6 +49,10 @@ def load(
         attn_implementation: "sdpa", "eager", …, as in transformers.
         memory_budget: of a stack (bitstack), load as much as fits: "4.2GiB" of all tensors, or "2.5bits" per weight of its
             stacked layers. The model has `stack` then, which knows what is loaded. By default, all.
+        kernels: "auto": quantized linears in the memory of the CPU are packed for the native kernels, where those were built
+            (`compress doctor`) and the environment does not say COMPRESS_PACK=off; "reference": torch, slower and exact.
+        activations: on native kernels, inputs are rounded to "int8", which is quickest, or kept as "float". docs/kernels.md
+            has the error.
 
     Returns: a model in eval mode. `save_pretrained` writes the format that it was loaded from; of GPTQ and AWQ, which are
         brought into our order of codes, compressed-tensors where that can hold them, else our own.
@@ -56,6 +63,7 @@ def load(
     from compress.checkpoint.registration import install
 
     install()
+    choice = Choice(kernels, activations)
     if device is not None and device_map is not None:
         raise CheckpointError(f"device={device} and device_map={device_map!r}: choose one")
     budget = None if memory_budget is None else parse_budget(memory_budget)
@@ -83,7 +91,8 @@ def load(
         if _method(raw) != OWN:
             raise no_stack(folder)
         config.quantization_config = {**_quantization(raw), "memory_budget": budget.text}
-    model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    with choosing(choice):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
     _check_loaded(folder, info, infos)
     return model
 

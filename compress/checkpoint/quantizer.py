@@ -46,6 +46,7 @@ from compress.models.structure import Structure
 from compress.modules.base import CompressedModule
 from compress.modules.registry import module_class
 from compress.modules.spec import ModuleSpec
+from compress.runtime.prepare import pack_loaded
 
 
 class CompressConfig(QuantizationConfigMixin):
@@ -81,6 +82,8 @@ class CompressQuantizer(HfQuantizer):
     quantization_config: CompressConfig
     guarded = False
     unfused = False
+    architecture: Architecture | None = None  # of the model on disk, if its family is known
+    cut = ""  # what names of the whole model begin with, where this one is a part of it
     wrapped: tuple[str, ...] = ()  # linears of a block whose input is transformed first
     complete = True  # the head is there: what is saved can be loaded again
     stack: StackTable | None = None  # of what is loaded behind the index's tensors …
@@ -110,6 +113,7 @@ class CompressQuantizer(HfQuantizer):
             if self.unfused:
                 unfuse_experts(model, architecture)
         cut = _cut_prefix(model)
+        self.architecture, self.cut = architecture, cut
         if architecture is not None:
             restructure(model, architecture, cut)
             self.wrapped = tuple(wrapped_linears(architecture))
@@ -175,6 +179,7 @@ class CompressQuantizer(HfQuantizer):
                 module.check_stored(name)
         if self.stack is not None:
             load_stack(model, self.stack, self.n_entries, self.places)
+        pack_loaded(model, self.architecture, self.cut)
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
         if self.quantization_config.standard is None:

@@ -11,12 +11,13 @@ Packing loses nothing: `tensors` gives back what was packed, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compress.kernels import native
+from compress.kernels.choice import Activations
 from compress.kernels.packed import PackedWeight, packed_linear, prepare
 from compress.kernels.packed_layout import DTYPES, read
 from compress.kernels.packing import pack, unpack
@@ -24,8 +25,6 @@ from compress.kernels.packing import pack, unpack
 if TYPE_CHECKING:
     from compress.modules.quantized import QuantizedLinear
 
-Activations = Literal["int8", "float"]
-DEFAULT_ACTIVATIONS: Activations = "int8"
 BITS = {"int8": 8, "float": 16}  # as the kernels name them
 
 

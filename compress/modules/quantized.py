@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.kernels.choice import Activations
 from compress.kernels.ops import TILE, dequantize_rows, quantized_linear
 from compress.kernels.packing import dequantize, pack, unpack, unpack_entries
 from compress.modules.base import CompressedModule
-from compress.modules.packed import Activations, PackedRows, can_pack, pack_rows
+from compress.modules.packed import PackedRows, can_pack, pack_rows
 from compress.modules.quantized_spec import QuantizedSpec
 from compress.modules.spec import ModuleSpec
 

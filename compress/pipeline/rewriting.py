@@ -329,7 +329,9 @@ def whole_model(
 
     if not rewrites:
         trusted = plan.recipe.model.trust_remote_code
-        model = load(folder, dtype=torch.float32, device=str(device), trust_remote_code=trusted)
+        model = load(
+            folder, dtype=torch.float32, device=str(device), trust_remote_code=trusted, kernels="reference"
+        )  # fmt: skip
         original = plan.original
         unfuse_experts(model, architecture_of(original.config, original.infos.keys()))
         return model.requires_grad_(False)

@@ -5,66 +5,19 @@ Linears of one site (models/architecture.py) that are quantized alike become one
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from compress.errors import RecipeError
 from compress.kernels import native
+from compress.kernels.choice import Choice, chosen
 from compress.models.families import module_name
-from compress.modules.packed import DEFAULT_ACTIVATIONS, Activations, alike, pack_rows
+from compress.modules.packed import alike, pack_rows
 from compress.modules.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from compress.models.architecture import Architecture
-
-Kernels = Literal["auto", "reference"]
-VARIABLE = "COMPRESS_PACK"  # of the environment; "off": "auto" means the references in torch
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs quantized linears.
-
-    Args:
-        kernels: "auto": native kernels where they were built and the weights are in the memory of the CPU; "reference": torch.
-        activations: how inputs enter a native kernel: rounded to "int8", or as "float".
-    """
-
-    kernels: Kernels = "auto"
-    activations: Activations = DEFAULT_ACTIVATIONS
-
-    def __post_init__(self) -> None:
-        for field, known in (("kernels", get_args(Kernels)), ("activations", get_args(Activations))):
-            if getattr(self, field) not in known:
-                raise RecipeError(f"{field}={getattr(self, field)!r}: choose {' or '.join(known)}")
-
-    @property
-    def packs(self) -> bool:
-        return self.kernels == "auto" and os.environ.get(VARIABLE, "").lower() != "off"
-
-
-_chosen: ContextVar[Choice | None] = ContextVar("compress_kernels", default=None)
-
-
-@contextmanager
-def choosing(choice: Choice) -> Iterator[None]:
-    """Models that are loaded within it run as `choice` says."""
-    token = _chosen.set(choice)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-def chosen() -> Choice:
-    """What a model that is loaded now runs on."""
-    return _chosen.get() or Choice()
 
 
 def pack_model(
@@ -91,6 +44,13 @@ def pack_model(
         for place, member in enumerate(members):
             member.move_into(packed, place)
     return len(products)
+
+
+def pack_loaded(model: nn.Module, architecture: Architecture | None, cut: str) -> None:
+    """Pack a model that has just been loaded, as `choosing` or the defaults say, and show how far it is."""
+    from transformers.utils import logging
+
+    pack_model(model, chosen(), architecture, cut, lambda products: logging.tqdm(products, desc="Packing weights"))
 
 
 def products_of(model: nn.Module, architecture: Architecture | None, cut: str = "") -> list[list[QuantizedLinear]]:

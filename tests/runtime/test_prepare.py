@@ -11,20 +11,12 @@ from torch import nn
 
 from compress.errors import RecipeError
 from compress.kernels import native, packed
+from compress.kernels.choice import Choice, choosing, chosen
 from compress.models.experts import unfuse_experts
 from compress.models.families import architecture_of, module_name
 from compress.modules.quantized import QuantizedLinear
 from compress.modules.quantized_spec import QuantizedSpec
-from compress.runtime.prepare import (
-    Choice,
-    arithmetic,
-    choosing,
-    chosen,
-    pack_model,
-    packed_bytes,
-    packed_linears,
-    products_of,
-)
+from compress.runtime.prepare import arithmetic, pack_model, packed_bytes, packed_linears, products_of
 from tests.tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.skipif(native.absent() is not None, reason=f"needs the compiled kernels: {native.absent()}")
