@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,6 +67,16 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
             c_int32, c_void_p, c_int64, c_int32,
         ),
     ),
+    "ck_hadamard_workspace": (c_int64, (c_int64, c_int32)),
+    "ck_hadamard": (
+        c_int,
+        (
+            c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int32, c_void_p, c_int64, c_float, c_void_p, c_int64,
+            c_void_p, c_int64, c_int32,
+        ),
+    ),
+    "ck_roofline_read": (c_int, (c_void_p, c_int64, c_int32, POINTER(c_uint64))),
+    "ck_roofline_compute": (c_int64, (c_int32, c_int64, c_int32)),
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.kernels.packing import dequantize, unpack, unpack_entries
+from compress.kernels.transform import transformed_on_cpu
 from compress.linalg import hadamard
 
 TILE = 1 << 20  # weights dequantised at a time: 4 MB in float32, whatever the size of the matrix
@@ -161,6 +162,7 @@ def _transform_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 LIBRARY.impl("hadamard_transform", hadamard.transformed, "CompositeExplicitAutograd")
+LIBRARY.impl("hadamard_transform", transformed_on_cpu, "CPU")
 LIBRARY.impl("hadamard_transform", _transform_meta, "Meta")
 torch.library.register_autograd(
     "compress::hadamard_transform", _transform_backward, setup_context=_transform_remember, lib=LIBRARY

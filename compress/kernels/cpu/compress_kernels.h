@@ -105,13 +105,33 @@ CK_API int ck_sign_planes_linear(const ck_sign_block* blocks, int64_t n_blocks, 
                                  const void* bias, int32_t bias_dtype, void* out, int64_t out_stride, int32_t tables,
                                  void* workspace, int64_t workspace_bytes, int32_t n_threads);
 
-// Rows of the weight, for a product of many tokens that the caller makes. ck_sign_planes_inner prepares the workspace once.
-CK_API int64_t ck_sign_planes_rows_workspace(const ck_sign_block* blocks, int64_t n_blocks, int64_t in_features);
-CK_API int ck_sign_planes_inner(const ck_sign_block* blocks, int64_t n_blocks, int64_t in_features, void* workspace,
-                                int64_t workspace_bytes, int32_t n_threads);
+// Rows of the weight, for a product of many tokens that the caller makes. ck_sign_planes_factors prepares the workspace once.
+CK_API int64_t ck_sign_planes_rows_workspace(const ck_sign_block* blocks, int64_t n_blocks, int64_t out_features,
+                                             int64_t in_features);
+CK_API int ck_sign_planes_factors(const ck_sign_block* blocks, int64_t n_blocks, int64_t out_features, int64_t in_features,
+                                  void* workspace, int64_t workspace_bytes, int32_t n_threads);
 CK_API int ck_sign_planes_rows(const ck_sign_block* blocks, int64_t n_blocks, int64_t out_features, int64_t in_features,
                                const void* scale, int64_t first_row, int64_t n_rows, void* dense, int32_t dense_dtype,
                                int64_t dense_stride, const void* workspace, int64_t workspace_bytes, int32_t n_threads);
+
+// ---- Hadamard transforms ---------------------------------------------------------------------------------------------
+// out[r] = x[r] H * factor, H block-diagonal; a block is the Kronecker product of `n_cores` matrices of +-1 of these orders
+// (float, row by row, one after the other) and Sylvester's matrix of order `power`. out may be x.
+
+CK_API int64_t ck_hadamard_workspace(int64_t block, int32_t n_threads);  // bytes
+CK_API int ck_hadamard(const void* x, int32_t dtype, int64_t rows, int64_t features, int64_t x_stride,
+                       const int64_t* orders, int32_t n_cores, const float* cores, int64_t power, float factor,
+                       void* out, int64_t out_stride, void* workspace, int64_t workspace_bytes, int32_t n_threads);
+
+// ---- the limits of the processor, for whoever holds the clock --------------------------------------------------------
+
+// Reads all of a buffer; mixed: the exclusive or of its words. 64-byte aligned, whole multiples of 64 bytes.
+CK_API int ck_roofline_read(const void* buffer, int64_t bytes, int32_t n_threads, uint64_t* mixed);
+
+enum { CK_UNIT_F32 = 0, CK_UNIT_BF16 = 1, CK_UNIT_INT8 = 2 };
+// Multiplies and adds without touching memory. Returns how many operations (a product and a sum are two); CK_ERR_ISA: the
+// instruction set has no such unit.
+CK_API int64_t ck_roofline_compute(int32_t unit, int64_t rounds, int32_t n_threads);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,3 @@
+#include "roofline_256.h"
+
+const ck::Roofline* ck::roofline_avx2() { return &loops; }
