@@ -9,7 +9,8 @@ activations=8: x is rounded to integers -127 .. 127 with a scale per token and b
 inputs), amax / 127. Sums over a block are exact integers; the rounding error of an input is at most half its block's scale:
 relative to the block's largest input 1 / 254, so that a random one adds about 0.5 % to the output (docs/kernels.md).
 
-On the CPU compiled kernels run (compress/kernels/cpu); elsewhere, or where they were not built, the references here.
+On the CPU compiled kernels run (compress/kernels/cpu), on NVIDIA GPUs those of `cuda/` where they may (compress/kernels/cuda),
+elsewhere, or where they were not built, the references. A weight lies in the layout of the device that it was prepared on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn import functional
 from compress.errors import RecipeError
 from compress.kernels import native
 from compress.kernels.buffers import allocate
+from compress.kernels.cuda.ops import linear_on_gpu, packed_on_gpu, read_on_gpu
 from compress.kernels.ops import LIBRARY, row_tiles
 from compress.kernels.packed_layout import DTYPES, Layout, blocks, read, stored_bits, written
 from compress.kernels.packing import unpack
@@ -40,14 +42,18 @@ LIBRARY.define(
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A repacked weight. `buffer` uint8 [n_bytes] is laid out as `layout` says, for this processor's kernels."""
+    """A repacked weight. `buffer` uint8 is laid out for the kernels of its device, from the sizes in `layout`."""
 
     buffer: Tensor
     layout: Layout
 
     @property
     def nbytes(self) -> int:
-        return self.layout.n_bytes
+        return self.buffer.numel()
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What was packed: codes uint8 [out, in], scale, zero points uint8 [out, groups] or None."""
+        return _read(self.buffer, self.layout)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight it stands for, [out_features, in_features]."""
@@ -75,6 +81,8 @@ def prepare(
     Raises: RecipeError if the shapes do not belong together.
     """
     layout = _layout(weight_packed, scale, zero_points, bits, group_size, in_features)
+    if weight_packed.is_cuda:
+        return PackedWeight(packed_on_gpu(unpack(weight_packed, bits, in_features), scale, zero_points, layout), layout)
     packed = PackedWeight(allocate(layout.n_bytes), layout)
     library = native.library()
     if library is None:
@@ -107,8 +115,9 @@ def _layout(
         raise RecipeError(f"scale is {scale.dtype} {tuple(scale.shape)}, not a 16- or 32-bit float {(n_out, n_groups)}")
     if zero_points is not None and zero_points.shape != scale.shape:
         raise RecipeError(f"zero_points are {tuple(zero_points.shape)}, not {tuple(scale.shape)}")
-    if any(t.device.type != "cpu" for t in (weight_packed, scale)):
-        raise RecipeError("weights are repacked on the CPU: move the module there first")
+    devices = {t.device for t in (weight_packed, scale, zero_points) if t is not None}
+    if len(devices) > 1 or weight_packed.device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"weights are repacked on the CPU or on one GPU, not on {' and '.join(map(str, devices))}")
     zero_point = -1 if zero_points is not None else 2 ** (bits - 1)
     return Layout(stored_bits(bits), group, n_out, in_features, zero_point, DTYPES.index(scale.dtype))
 
@@ -247,10 +256,14 @@ def rounded_activations(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def _dense(buffer: Tensor, layout: Layout) -> Tensor:
-    codes, scale, zero_points = read(buffer, layout)
+    codes, scale, zero_points = _read(buffer, layout)
     zero = layout.zero_point if zero_points is None else zero_points.float().unsqueeze(-1)
     steps = codes.float().unflatten(-1, (layout.n_groups, -1)) - zero
     return (steps * scale.float().unsqueeze(-1)).flatten(-2)
+
+
+def _read(buffer: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
+    return read_on_gpu(buffer, layout) if buffer.is_cuda else read(buffer, layout)
 
 
 def _meta(
@@ -277,5 +290,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 LIBRARY.impl("packed_linear", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("packed_linear", _cpu, "CPU")
+LIBRARY.impl("packed_linear", linear_on_gpu, "CUDA")
 LIBRARY.impl("packed_linear", _meta, "Meta")
 torch.library.register_autograd("compress::packed_linear", _backward, setup_context=_remember, lib=LIBRARY)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from compress.kernels import native
 from compress.kernels.choice import Activations
+from compress.kernels.cuda.ops import can_prepare
 from compress.kernels.packed import PackedWeight, packed_linear, prepare
-from compress.kernels.packed_layout import DTYPES, read
+from compress.kernels.packed_layout import DTYPES
 from compress.kernels.packing import pack, unpack
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class PackedRows:
 
     def tensors(self, place: int) -> dict[str, Tensor]:
         """The tensors of one linear as they were before they were packed."""
-        codes, scale, zero_points = read(self.weight.buffer, self.weight.layout)
+        codes, scale, zero_points = self.weight.tensors()
         rows = self.rows[place]
         found = {"weight_packed": pack(codes[rows], self.bits), "weight_scale": scale[rows].clone()}
         if zero_points is not None:
@@ -78,12 +79,15 @@ def alike(one: QuantizedLinear, other: QuantizedLinear) -> bool:
     """Whether both can lie in one buffer."""
     a, b = one.spec, other.spec
     form = (a.in_features, a.bits, a.group_size, a.symmetric) == (b.in_features, b.bits, b.group_size, b.symmetric)
-    return form and one.weight_scale.dtype == other.weight_scale.dtype
+    scales = one.weight_scale, other.weight_scale
+    return form and scales[0].dtype == scales[1].dtype and scales[0].device == scales[1].device
 
 
 def can_pack(module: QuantizedLinear) -> bool:
     """Whether a native kernel is there, and runs this module where it is."""
-    scale = module.weight_scale
+    scale, spec = module.weight_scale, module.spec
+    if scale.is_cuda and not hasattr(module, "_hf_hook"):
+        return can_prepare(scale, spec.bits, spec.group_size, spec.in_features)
     if (
         scale.device.type != "cpu" or scale.dtype not in DTYPES or hasattr(module, "_hf_hook")
     ):  # a hook that moves tensors
@@ -92,7 +96,7 @@ def can_pack(module: QuantizedLinear) -> bool:
 
 
 def pack_rows(modules: Sequence[QuantizedLinear], activations: Activations) -> PackedRows:
-    """One buffer for linears that are `alike` and on the CPU."""
+    """One buffer for linears that are `alike` and on one device."""
     spec = modules[0].spec
     zero_points = None
     if not spec.symmetric:
