@@ -224,9 +224,13 @@ class StackView(ABC):
     figures: Mapping[str, Mapping[str, Any]]
 
     @abstractmethod
-    def losses(self, level: int, modules: Sequence[str]) -> dict[str, float]:
-        """For each of `modules`: the mean loss of a model in which every module has its first `level` levels, and this one a
-        level more; on as many rows as `SiteMethod.order_rows` said. May be infinite or NaN."""
+    def loss(self, others: int) -> float:
+        """The mean loss of the model in which every module has its first `others` levels (all of them, if it has fewer), on as
+        many rows as `SiteMethod.order_rows` said. May be infinite or NaN."""
+
+    @abstractmethod
+    def losses(self, modules: Sequence[str], level: int, others: int) -> dict[str, float]:
+        """For each of `modules`: the same, with this one at its first `level` levels."""
 
     @abstractmethod
     def note(self, message: str) -> None:

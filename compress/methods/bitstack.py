@@ -66,12 +66,10 @@ class BitStackConfig(MethodConfig):
     scaling: bool = Field(True, description="weigh inputs by their size on the calibration data; false: without data")
     order: Literal["proxy", "levels"] = Field(
         "proxy",
-        description="of the stack: proxy: the error of a layer's outputs that a byte takes away; levels: the paper's search, a "
-        "perplexity for each layer and level",
+        description="of the stack: proxy: by one loss for each layer, and by what its blocks leave (without scaling, by that "
+        "alone); levels: the paper's search, a perplexity for each layer and level",
     )
-    rows: int = Field(
-        32, ge=1, description="levels: rows of another draw of the calibration data that each perplexity is of"
-    )
+    rows: int = Field(32, ge=1, description="rows of another draw of the calibration data, that the order is found on")
     exact: bool = Field(False, description="full singular value decompositions, slower, in place of subspace iteration")
     file_mib: float = Field(
         128, gt=0, le=4096, description="MiB of a file of the stack, 64 to 256 where it is to travel"
@@ -141,12 +139,13 @@ class BitStack(SiteMethod):
     def order(cls, view: StackView, configs: Mapping[str, BitStackConfig]) -> Sequence[tuple[str, int]]:
         from compress.methods.bitstack_order import by_levels, by_proxy
 
-        return by_proxy(view) if _shared(configs).order == "proxy" else by_levels(view)
+        config = _shared(configs)
+        return by_levels(view) if config.order == "levels" else by_proxy(view, config.scaling)
 
     @classmethod
     def order_rows(cls, configs: Mapping[str, BitStackConfig]) -> int:
         config = _shared(configs)
-        return config.rows if config.order == "levels" else 0
+        return config.rows if BitStack.needs_tokens(config) else 0
 
     @classmethod
     def stack_file_bytes(cls, configs: Mapping[str, BitStackConfig]) -> int:
@@ -155,7 +154,9 @@ class BitStack(SiteMethod):
 
 def _shared(configs: Mapping[str, BitStackConfig]) -> BitStackConfig:
     return shared(
-        configs, ("order", "rows", "file_mib"), "one stack holds the blocks of all; set it for all of them alike"
+        configs,
+        ("order", "rows", "file_mib", "scaling"),
+        "one stack holds the blocks of all; set it for all of them alike",
     )
 
 

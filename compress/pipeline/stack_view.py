@@ -1,9 +1,9 @@
 """Finished modules as the method that orders their levels may look at them: the model at any level, one block in memory.
 
-The model in which one module has a level more than the others is the same up to that module's block. So its hidden states
-begin there, as a copy of the others':
+The model in which one module has more levels than the others, or fewer, is the same up to that module's block. So its hidden
+states begin there, as a copy of the others':
 
-    block i loaded:   for each module of it:  h_m <- block_i with the module raised (h)
+    block i loaded:   for each module of it:  h_m <- block_i with the module changed (h)
     blocks behind:    h_m <- block(h_m), all variants beside each other, AT_ONCE at most
 """
 
@@ -31,7 +31,7 @@ from compress.pipeline.plan import Plan
 if TYPE_CHECKING:
     from compress.pipeline.progress import Progress
 
-AT_ONCE = 8  # models with one module raised that run beside each other
+AT_ONCE = 8  # models with one module changed that run beside each other
 
 
 class FinishedView(StackView):
@@ -71,21 +71,32 @@ class FinishedView(StackView):
         self._progress.note(message)
 
     @torch.no_grad()
-    def losses(self, level: int, modules: Sequence[str]) -> dict[str, float]:
+    def loss(self, others: int) -> float:
+        def measured() -> float:
+            base = self._at(others)
+            try:
+                return base.loss()
+            finally:
+                base.close()
+
+        return self._memory.remember(f"level {others}", measured)
+
+    @torch.no_grad()
+    def losses(self, modules: Sequence[str], level: int, others: int) -> dict[str, float]:
         groups = self._groups(modules)
-        n_blocks, last = self._plan.architecture.n_blocks, max(map(len, self.levels.values()))
+        n_blocks = self._plan.architecture.n_blocks
         found: dict[str, float] = {}
         base: _AtLevel | None = None
         total = sum(n_blocks - index + 1 for index, _ in groups)
-        with tracked(self._progress, f"order: level {level} of {last - 1}", total, "block") as advance:
+        with tracked(self._progress, f"order: {level} blocks beside {others}", total, "block") as advance:
             for index, names in groups:
 
                 def measured(index: int = index, names: Sequence[str] = names) -> list[float]:
                     nonlocal base
-                    base = base or self._at(level)
-                    return base.raised(index, names, advance)
+                    base = base or self._at(others)
+                    return base.changed(index, names, level, advance)
 
-                values = self._memory.remember(f"level {level}: {', '.join(names)}", measured)
+                values = self._memory.remember(f"level {level} beside {others}: {', '.join(names)}", measured)
                 found |= dict(zip(names, values, strict=True))
         if base is not None:
             base.close()
@@ -112,7 +123,7 @@ class FinishedView(StackView):
             self._folder, self._dtype, self._device, reader=CheckpointReader(self._folder, self._infos), specs=specs,
             trust_remote_code=self._plan.recipe.model.trust_remote_code,
         )  # fmt: skip
-        return _AtLevel(model, self._specs, level, self._batches, Allowance(self._activation_bytes), self._folder)
+        return _AtLevel(model, self._specs, self._batches, Allowance(self._activation_bytes), self._folder)
 
 
 class _AtLevel:
@@ -122,12 +133,11 @@ class _AtLevel:
         self,
         model: StreamedModel,
         whole: Mapping[str, ModuleSpec],
-        level: int,
         batches: Sequence[Tensor],
         allowance: Allowance,
         scratch: Path,
     ):
-        self.model, self.whole, self.level, self.batches = model, whole, level, batches
+        self.model, self.whole, self.batches = model, whole, batches
         self.allowance, self.scratch = allowance, scratch
         first = model.embed(batches[0])
         shapes = [(*ids.shape, first.shape[-1]) for ids in batches]
@@ -136,16 +146,23 @@ class _AtLevel:
             self.hidden[batch] = model.embed(ids)
         self.at = 0
 
-    def raised(self, index: int, names: Sequence[str], advance: Callable[[str], None]) -> list[float]:
-        """The losses with each of `names`, modules of block `index`, alone a level higher."""
-        model, blocks = self.model, self.model.architecture.blocks
-        while self.at < min(index, model.n_blocks):
+    def loss(self) -> float:
+        self._bring_to(self.model.n_blocks)
+        return mean_loss(self.model, self.hidden, self.batches)
+
+    def _bring_to(self, index: int) -> None:
+        while self.at < index:
             self._run(self.at, [self.hidden])
             self.at += 1
+
+    def changed(self, index: int, names: Sequence[str], level: int, advance: Callable[[str], None]) -> list[float]:
+        """The losses with each of `names`, modules of block `index`, alone at `level`."""
+        model, blocks = self.model, self.model.architecture.blocks
+        self._bring_to(index)
         if index == model.n_blocks:
-            return [self._with_head(name, advance) for name in names]
-        streams = self._raised_block(index, names)
-        advance(f"{blocks[index]}: {len(names)} models with a level more")
+            return [self._with_head(name, level, advance) for name in names]
+        streams = self._changed_block(index, names, level)
+        advance(f"{blocks[index]}: {len(names)} models with one layer at {level} blocks")
         for behind in range(index + 1, model.n_blocks):
             self._run(behind, streams)
             advance(f"{blocks[behind]}: {len(names)} models")
@@ -155,17 +172,15 @@ class _AtLevel:
             stream.close()
         return losses
 
-    def _raised_block(self, index: int, names: Sequence[str]) -> list[HiddenStates]:
+    def _changed_block(self, index: int, names: Sequence[str], level: int) -> list[HiddenStates]:
         model = self.model
         block = model.load_block(index)
         streams = []
         for name in names:
             usual = model.skeleton.module(name)
-            higher = load_module(name, self.whole[name].first(self.level + 1), model.reader, model.dtype).to(
-                model.device
-            )
-            higher.hold(model.dtype)
-            model.skeleton.replace(name, higher)
+            changed = load_module(name, self._spec(name, level), model.reader, model.dtype).to(model.device)
+            changed.hold(model.dtype)
+            model.skeleton.replace(name, changed)
             stream = HiddenStates(list(self.hidden.shapes), model.dtype, self.allowance, self.scratch)
             for batch in range(len(stream)):
                 stream[batch] = model.call_block(block, index, self.hidden[batch].to(model.device))
@@ -183,10 +198,12 @@ class _AtLevel:
         self.model.unload_block(index)
         release_free_memory()
 
-    def _with_head(self, name: str, advance: Callable[[str], None]) -> float:
+    def _spec(self, name: str, level: int) -> ModuleSpec:
+        return self.whole[name].first(min(level, self.whole[name].n_levels))
+
+    def _with_head(self, name: str, level: int, advance: Callable[[str], None]) -> float:
         model = self.model
-        higher = load_module(name, self.whole[name].first(self.level + 1), model.reader, model.dtype)
-        model.replace_head(higher)
+        model.replace_head(load_module(name, self._spec(name, level), model.reader, model.dtype))
         loss = mean_loss(model, self.hidden, self.batches)
         model.unload_head()
         advance("head")
