@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.foreign import FOREIGN, Translated, quantization_of, translated
 from compress.checkpoint.names import compact, expand
 from compress.checkpoint.standard import STANDARD, standard_config, standard_holds, standard_modules
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, naming
 from compress.models.architecture import Architecture
 from compress.models.structure import Structure
 from compress.modules.spec import ModuleSpec, spec_from_dict
@@ -164,4 +164,19 @@ def _own_modules(quantization: Mapping[str, Any]) -> dict[str, ModuleSpec]:
             if name in specs:
                 raise CheckpointError(f"{here}: {name} is described twice")
             specs[name] = spec
-    return specs
+    return {name: _borrowing(name, spec, specs) for name, spec in specs.items()}
+
+
+def _borrowing(name: str, spec: ModuleSpec, specs: Mapping[str, ModuleSpec]) -> ModuleSpec:
+    """`spec`, held to the module whose parts it uses. Raises: CheckpointError if that cannot lend them."""
+    lender = spec.lender()
+    if lender is None:
+        return spec
+    if lender not in specs:
+        raise CheckpointError(f"config.json: {name} uses parts of {lender!r:.200}, which is not described")
+    with naming(f"config.json: {name}"):
+        if spec.borrowing(specs[lender]) != spec:
+            raise CheckpointError(
+                f"is described with other parts than {lender} stores for it; the checkpoint is damaged"
+            )
+    return spec

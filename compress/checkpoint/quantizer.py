@@ -126,6 +126,14 @@ class CompressQuantizer(HfQuantizer):
                 _replace(
                     model, inner.removeprefix(cut), name, spec, dtype or torch.get_default_dtype(), layouts.get(name)
                 )
+        for name, spec in specs.items():
+            lender = spec.lender()
+            if lender is not None:
+                borrower, lends = (
+                    model.get_submodule((module_name(architecture, n) if architecture else n).removeprefix(cut))
+                    for n in (name, lender)
+                )
+                borrower.lend(lends)
         if architecture is not None:
             _check_complete(model, cut, architecture, stored.keys(), self.unfused)
             if not architecture.structure.plain:
@@ -202,7 +210,14 @@ class CompressQuantizer(HfQuantizer):
         """transformers saves under its own names, also where those on disk lacked the base model's prefix."""
         saved = architecture_of(config)
         if saved.embeddings != architecture.embeddings and self.quantization_config.standard is None:
-            renamed = {disk_name(saved, module_name(architecture, name)): spec for name, spec in specs.items()}
+
+            def anew(name: str) -> str:
+                return disk_name(saved, module_name(architecture, name))
+
+            renamed = {
+                anew(name): spec if (lender := spec.lender()) is None else spec.lent_by(anew(lender))
+                for name, spec in specs.items()
+            }
             self.quantization_config.fields = own_config(renamed, architecture.structure)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

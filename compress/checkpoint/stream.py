@@ -10,6 +10,7 @@ bring the last hidden states through the final norm.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -371,15 +372,39 @@ def load_module(name: str, spec: ModuleSpec, reader: CheckpointReader, dtype: to
     Raises: CheckpointError naming the tensor if one is missing or its shape or dtype is not what `spec` says.
     """
     suffixes = [*spec.tensors("F32"), *(["bias"] if f"{name}.bias" in reader else [])]
-    return rebuild_module(name, spec, {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}, dtype)
+    stored = {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}
+    return rebuild_module(name, spec, stored, dtype, read_lender(spec, reader, dtype))
 
 
-def rebuild_module(name: str, spec: ModuleSpec, stored: dict[str, Tensor], dtype: torch.dtype) -> CompressedModule:
-    """A compressed module as it will be when its stored tensors are loaded in `dtype`.
+def read_lender(spec: ModuleSpec, reader: CheckpointReader, dtype: torch.dtype) -> nn.Module | None:
+    """A stand-in for the module that lends parts to one of `spec`, with no more than those; None if it borrows nothing."""
+    lender = spec.lender()
+    if lender is None:
+        return None
+    part = module_class(spec.representation).part_to_lend(spec, dtype)
+    _fill_from(part, lender, {suffix: reader.read(f"{lender}.{suffix}") for suffix in spec.borrowed("F32")})
+    return part
+
+
+def rebuild_module(
+    name: str, spec: ModuleSpec, stored: dict[str, Tensor], dtype: torch.dtype, lender: nn.Module | None = None
+) -> CompressedModule:
+    """A compressed module as it will be when its stored tensors are loaded in `dtype`. `lender`: of what it borrows, a copy of
+    which it gets.
 
     Raises: CheckpointError naming the tensor whose shape or dtype is not what `spec` says.
     """
     module = module_class(spec.representation).from_spec(spec, "bias" in stored, dtype, "meta")
+    _fill_from(module, name, stored)
+    if lender is not None:
+        module.lend(copy.deepcopy(lender).to(dtype))
+    for inner, part in module.named_modules(prefix=name):
+        if isinstance(part, CompressedModule):
+            part.check_stored(inner)
+    return module
+
+
+def _fill_from(module: nn.Module, name: str, stored: dict[str, Tensor]) -> None:
     expected = module.state_dict()
     state = {}
     for suffix, tensor in stored.items():
@@ -391,10 +416,6 @@ def rebuild_module(name: str, spec: ModuleSpec, stored: dict[str, Tensor], dtype
             )
         state[suffix] = tensor.to(wanted.dtype)
     module.load_state_dict(state, assign=True)
-    for inner, part in module.named_modules(prefix=name):
-        if isinstance(part, CompressedModule):
-            part.check_stored(inner)
-    return module
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -86,7 +86,7 @@ class Layer:
     `config` has the overrides for this layer applied. `scale_dtype` is the dtype in which float tensors are stored and
     will be loaded: quantize with values rounded to it. `bias` is stored unchanged unless the method says otherwise. `mask`,
     bool [out_features, in_features], is where an earlier step kept weights; the others are 0 and must come out as 0. `folds`: as
-    in `LayerShape`.
+    in `LayerShape`. `lender`: with what the planned module borrows (`CompressedModule.lend`), as it was stored.
     """
 
     name: str
@@ -97,6 +97,7 @@ class Layer:
     kind: Literal["linear", "embedding"] = "linear"
     mask: Tensor | None = None
     folds: bool = False
+    lender: nn.Module | None = None
 
     @property
     def shape(self) -> LayerShape:
@@ -110,18 +111,24 @@ def _silent(detail: str) -> None:
     pass
 
 
+def nothing_kept(name: str) -> Tensor:
+    raise KeyError(name)
+
+
 @dataclass(frozen=True)
 class SiteTask:
     """The layers of one site that a step applies to. They share an input, hence statistics.
 
     `tell`: takes a line about something long, which may be shown: the iteration that a layer is at, its loss.
-    `continuous`: whether `Outcome.continuous` is wanted, by a step that goes on learning from there.
+    `continuous`: whether `Outcome.continuous` is wanted, by a step that goes on learning from there. `kept`: gives what `observe`
+    kept under a name (`View.keep`).
     """
 
     name: str
     layers: tuple[Layer, ...]
     tell: Callable[[str], None] = _silent
     continuous: bool = False
+    kept: Callable[[str], Tensor] = nothing_kept
 
 
 @dataclass
@@ -178,6 +185,10 @@ class View(ABC):
         """Every site with layers of the step, in order, with the statistics that the method asks for. One block is in memory."""
 
     @abstractmethod
+    def weight(self, name: str) -> Tensor:
+        """The weight of a layer of the blocks in float32 [out_features, in_features], read anew."""
+
+    @abstractmethod
     def states(self) -> Iterator[Tensor]:
         """Hidden states of the last token of every row, [rows, hidden_size]: those that enter block 0, then those behind each
         block."""
@@ -202,6 +213,10 @@ class View(ABC):
     @abstractmethod
     def remember(self, key: str, make: Callable[[], Any]) -> Any:
         """`make()`, JSON-like, or what an interrupted run remembered under `key`: what took long is not computed again."""
+
+    @abstractmethod
+    def keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, or the matrix that an interrupted run kept under `name`. `SiteTask.kept` gives it to `compress`."""
 
     @abstractmethod
     def track(self, phase: str, total: int, unit: str) -> AbstractContextManager[Callable[[str], None]]:
@@ -272,6 +287,15 @@ class SiteMethod(ABC):
         """`config` for a layer that a later step will compress further, which needs the inputs of each of its leaves to be a
         multiple of `multiple`: ranks are rounded to it."""
         return config
+
+    @classmethod
+    def arranged(cls, shapes: Mapping[str, LayerShape], configs: dict[str, Any]) -> dict[str, Any]:
+        """`configs` of all layers of the step, with what depends on which other layers there are, by names and shapes: who
+        shares something with whom. Called for every plan, after `observe` too.
+
+        Raises: RecipeError with the value that works.
+        """
+        return configs
 
     @classmethod
     def observes(cls, config: Any) -> bool:

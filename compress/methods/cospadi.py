@@ -25,12 +25,13 @@ Sources: CoSpaDi, 2025; K-SVD, Aharon et al., 2006. The orthogonal engine after 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calibration.statistics import Request, SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
@@ -38,12 +39,14 @@ from compress.linalg.finite import all_finite
 from compress.linalg.ksvd import ksvd, random_atoms
 from compress.linalg.orthogonal_dictionary import Learned, orthogonal_dictionary
 from compress.linalg.quadratic import energy, fraction
-from compress.linalg.sparse_coding import fitted
+from compress.linalg.sparse_coding import fitted, pursue
 from compress.linalg.whitening import Whitening, whitening
-from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
+from compress.methods.base import Extent, Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask, View
+from compress.methods.cospadi_sizes import nbytes_of, sizes_of
 from compress.methods.rtn import check_weight
 from compress.modules.dictionary import DictionaryLinear
-from compress.modules.dictionary_spec import DictionarySpec
+from compress.modules.dictionary_spec import LEAF, DictionarySpec
+from compress.modules.factored import linear_with, weight_of
 
 ORTHOGONAL_ROUNDS, KSVD_ROUNDS = 20, 20
 EIGEN = 20.0  # n^3 of eigenvectors in float64, in operations of a float32 product
@@ -69,15 +72,26 @@ class CoSpaDiConfig(MethodConfig):
         "orthogonal", description="ksvd: from the orthogonal dictionary, or from random outputs (the paper)"
     )
     damping: float = Field(
-        1e-6, ge=0, lt=1, description="fraction of the mean of diag(H) that is added to diag(H) before whitening"
+        0.01, ge=0, lt=1, description="fraction of the mean of diag(H) that is added to diag(H) before whitening"
     )
     refit: bool = Field(True, description="fit the coefficients to the dictionary as it is stored")
+    share: int = Field(
+        1,
+        ge=1,
+        description="so many consecutive blocks share the dictionary of their layers of one name, learned for all of them",
+    )
 
     @model_validator(mode="after")
     def _start_of_ksvd(self) -> CoSpaDiConfig:
         if self.start != "orthogonal" and self.engine != "ksvd":
             raise ValueError(f"start={self.start} needs engine=ksvd")
         return self
+
+
+class Member(CoSpaDiConfig):
+    """The settings of a layer that shares its dictionary with others: those of `members`, the first of which stores it."""
+
+    members: tuple[str, ...]
 
 
 class CoSpaDi(SiteMethod):
@@ -90,16 +104,41 @@ class CoSpaDi(SiteMethod):
     def plan(cls, shape: LayerShape, config: CoSpaDiConfig) -> DictionarySpec | Kept:
         if shape.kind != "linear":
             raise RecipeError(f"{shape.name}: cospadi is for linears, not for tables; leave it out of layers")
-        n_atoms, n_kept = sizes_of(shape, config)
-        spec = DictionarySpec.of_sizes(shape.in_features, shape.out_features, n_atoms, n_kept)
-        share = spec.nbytes("BF16") / (2 * shape.out_features * shape.in_features)
+        members = members_of(shape.name, config)
+        n_atoms, n_kept = sizes_of(shape, config, len(members))
+        share = nbytes_of(shape, n_atoms, n_kept, len(members)) / (
+            2 * shape.out_features * shape.in_features * len(members)
+        )
         if share >= 1:
             return Kept(f"{n_atoms} atoms, {n_kept} per output, would take {share:.2f} times its bytes in 16 bits")
-        return spec
+        lender = None if shape.name == members[0] else members[0]
+        return DictionarySpec.of_sizes(shape.in_features, shape.out_features, n_atoms, n_kept, lender)
 
     @classmethod
     def fitted(cls, config: CoSpaDiConfig, multiple: int) -> CoSpaDiConfig:
         return config.model_copy(update={"atoms_multiple": math.lcm(config.atoms_multiple, multiple)})
+
+    @classmethod
+    def arranged(cls, shapes: Mapping[str, LayerShape], configs: dict[str, Any]) -> dict[str, Any]:
+        from compress.methods.cospadi_shared import arranged
+
+        return arranged(shapes, configs)
+
+    @classmethod
+    def observes(cls, config: CoSpaDiConfig) -> bool:
+        return isinstance(config, Member)
+
+    @classmethod
+    def observe(cls, view: View, configs: dict[str, Any]) -> dict[str, Any]:
+        from compress.methods.cospadi_shared import observe
+
+        return observe(view, configs)
+
+    @classmethod
+    def observation_bytes(cls, extent: Extent, config: CoSpaDiConfig) -> int:
+        """The mean moments of a block's sites, and the work on one projection of a group."""
+        moments = sum(4 * s.in_features**2 for s in extent.shapes) // max(extent.n_blocks, 1)
+        return moments + max(cls.workspace((s,), config) for s in extent.shapes) * config.share
 
     @classmethod
     def statistics(cls, config: CoSpaDiConfig) -> tuple[Request, ...]:
@@ -116,7 +155,7 @@ class CoSpaDi(SiteMethod):
         n = max(s.in_features for s in shapes)
         total = float(n**3)
         for s in shapes:
-            k, kept = sizes_of(s, config)
+            k, kept = sizes_of(s, config, len(members_of(s.name, config)))
             rounds = ORTHOGONAL_ROUNDS if config.rounds is None else config.rounds
             total += EIGEN * min(s.out_features, s.in_features) ** 3
             total += rounds * (4.0 * s.out_features * s.in_features * k + EIGEN * k**3 + 6.0 * k * k * s.in_features)
@@ -142,62 +181,6 @@ class CoSpaDi(SiteMethod):
             except NumericsError as error:
                 raise NumericsError(f"{layer.name}: cospadi: {error}") from None
         return outcomes
-
-
-def sizes_of(shape: LayerShape, config: CoSpaDiConfig) -> tuple[int, int]:
-    """k and s. Raises: RecipeError where the settings give none that can be, with the nearest value that does."""
-    out_features, in_features, multiple = shape.out_features, shape.in_features, config.atoms_multiple
-    most = most_atoms(shape, config)
-    if multiple > most:
-        raise RecipeError(
-            f"{shape.name}: a later step needs atoms in multiples of {multiple}, and {most} are the most that this layer can "
-            f"have; use smaller groups there, or skip the layer"
-        )
-    if config.atoms is not None:
-        if config.atoms > most:
-            limit = "in_features" if most == in_features and config.engine == "orthogonal" else "out_features"
-            raise RecipeError(
-                f"{shape.name}: atoms={config.atoms} is more than {limit}={most}; use at most {most}"
-                + (", or engine: ksvd" if limit == "in_features" and most < out_features else "")
-            )
-        n_atoms = max(config.atoms // multiple, 1) * multiple
-        return n_atoms, _kept_of(n_atoms, config)
-    budget = int(Fraction(str(config.keep_ratio)) * 2 * out_features * in_features)
-    ideal = budget / (2 * in_features + (2 / config.rho + 1 / 8 * (config.rho > 1)) * out_features)
-    highest = min(
-        int(ideal) + 2 * multiple, most
-    )  # counts round up, and one of s that is rounded down makes room for an atom
-    for n_atoms in range(highest // multiple * multiple, 0, -multiple):
-        n_kept = _kept_of(n_atoms, config)
-        if nbytes_of(shape, n_atoms, n_kept) <= budget and (n_kept < n_atoms or config.rho == 1):
-            return n_atoms, n_kept if config.rho == 1 else _most_kept(shape, n_atoms, n_kept, budget)
-    least = max(multiple, 1 if config.rho == 1 else 2)
-    needed = nbytes_of(shape, least, _kept_of(least, config))
-    raise RecipeError(
-        f"{shape.name}: keep_ratio={config.keep_ratio:g} is {budget:,} bytes, less than {least} atoms take ({needed:,}); use at "
-        f"least {math.ceil(1e4 * needed / (2 * out_features * in_features)) / 1e4:g}, or skip the layer"
-    )
-
-
-def most_atoms(shape: LayerShape, config: CoSpaDiConfig) -> int:
-    if config.engine == "orthogonal":
-        return min(shape.in_features, shape.out_features)
-    return shape.out_features
-
-
-def nbytes_of(shape: LayerShape, n_atoms: int, n_kept: int) -> int:
-    """In 16 bits, the places counted."""
-    return DictionarySpec.of_sizes(shape.in_features, shape.out_features, n_atoms, n_kept).nbytes("BF16")
-
-
-def _kept_of(n_atoms: int, config: CoSpaDiConfig) -> int:
-    return n_atoms if config.rho == 1 else min(max(round(n_atoms / config.rho), 1), max(n_atoms - 1, 1))
-
-
-def _most_kept(shape: LayerShape, n_atoms: int, n_kept: int, budget: int) -> int:
-    """What is left of the budget goes to coefficients."""
-    left = budget - nbytes_of(shape, n_atoms, n_kept)
-    return min(n_kept + left // (2 * shape.out_features), n_atoms - 1)
 
 
 def moment_of(layer: Layer, known: SiteStatistics | None) -> Tensor:
@@ -245,32 +228,65 @@ def support(codes: Tensor, n_kept: int) -> Tensor:
     return torch.zeros_like(codes, dtype=torch.bool).scatter_(1, places, True)
 
 
+def members_of(name: str, config: CoSpaDiConfig) -> tuple[str, ...]:
+    """The layers that share a dictionary with layer `name`, itself included; the first stores it."""
+    return config.members if isinstance(config, Member) else (name,)
+
+
 def _compress_layer(
     layer: Layer, known: SiteStatistics | None, white: Whitening, generator: torch.Generator, site: SiteTask
 ) -> Outcome:
     config: CoSpaDiConfig = layer.config
     spec = CoSpaDi.plan(layer.shape, config)
     assert isinstance(spec, DictionarySpec), f"{layer.name}: {spec}"
-    n_atoms, n_kept = sizes_of(layer.shape, config)
+    members = members_of(layer.name, config)
+    n_atoms, n_kept = sizes_of(layer.shape, config, len(members))
     targets = white.forward(layer.weight).float()
-    found = learn(targets, n_atoms, n_kept, config, generator, Tell(site, layer.name))
-    exact = white.back(found.atoms)
-    dictionary = rounded_atoms(exact, layer.scale_dtype)
-    mask = support(found.codes, n_kept)
-    codes = found.codes * exact.norm(dim=1).to(found.codes)
+    if len(members) > 1:
+        dictionary = _shared(layer, members, site)
+        codes, errors = _coded(targets, white, weight_of(dictionary), n_kept)
+    else:
+        found = learn(targets, n_atoms, n_kept, config, generator, Tell(site, layer.name))
+        exact = white.back(found.atoms)
+        dictionary = linear_with(rounded_atoms(exact, layer.scale_dtype))
+        codes, errors = found.codes * exact.norm(dim=1).to(found.codes), found.errors
+    mask = support(codes, n_kept)
     if config.refit:
-        codes = refitted(targets, white, dictionary, codes, mask)
+        codes = refitted(targets, white, weight_of(dictionary), codes, mask)
     module = DictionaryLinear.from_parts(
-        dictionary, codes.to(layer.scale_dtype), mask if n_kept < n_atoms else None, layer.bias
+        dictionary if spec.shared else dictionary.get_parameter("weight"),
+        codes.to(layer.scale_dtype),
+        mask if n_kept < n_atoms else None,
+        layer.bias,
+        spec.shared,
     )
-    assert module.spec == spec, (module.spec, spec)
+    assert replace(module.spec, dictionary=None) == spec, (module.spec, spec)
     if not all(all_finite(t) for t in module.stored().values() if t.is_floating_point()):
         raise NumericsError(
             f"dictionary or codes overflow {layer.scale_dtype}; store the result with model.dtype=float32 or bfloat16"
         )
-    report = {"atoms": float(n_atoms), "kept": float(n_kept), "rounds": float(len(found.errors))}
-    report |= {"code_error": found.errors[-1] if found.errors else 1.0, **figures(layer, module, known)}
+    report = {"atoms": float(n_atoms), "kept": float(n_kept), "rounds": float(len(errors))}
+    report |= {"code_error": errors[-1] if errors else 1.0, **figures(layer, module, known)}
     return Outcome(module, report, notes_of(layer, known, white))
+
+
+def _shared(layer: Layer, members: tuple[str, ...], site: SiteTask) -> nn.Module:
+    """The dictionary that was learned for all members: as it was stored, or, in the first of them, as it will be."""
+    if layer.lender is not None:
+        return layer.lender.get_submodule(LEAF)
+    learned = site.kept(members[0]).to(layer.weight.device)
+    return linear_with(rounded_atoms(learned, layer.scale_dtype))
+
+
+def _coded(targets: Tensor, white: Whitening, dictionary: Tensor, n_kept: int) -> tuple[Tensor, list[float]]:
+    """Codes by pursuit for a dictionary [k, in] that was learned for others too, and their error."""
+    atoms = white.forward(dictionary).float()
+    lengths = atoms.norm(dim=1).clamp(min=torch.finfo(atoms.dtype).tiny)
+    atoms = atoms / lengths[:, None]
+    energies = targets.square().sum(1)
+    codes = pursue(atoms @ atoms.T, targets @ atoms.T, energies, n_kept)
+    left = float((targets - codes @ atoms).double().square().sum())
+    return codes / lengths, [fraction(left, float(energies.double().sum()))]
 
 
 def refitted(targets: Tensor, white: Whitening, dictionary: Tensor, codes: Tensor, mask: Tensor) -> Tensor:

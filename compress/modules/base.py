@@ -83,6 +83,10 @@ class CompressedModule(nn.Module, ABC):
         """Use the parts of `lender`, the module of that name or a stand-in, which `spec.borrowed` describes."""
         raise NotImplementedError(f"{self.spec.representation} borrows nothing")
 
+    def stand_in(self) -> nn.Module | None:
+        """For the lender, holding what is lent to this module; None if nothing is."""
+        return None
+
     def with_lent(self, lender: nn.Module, second_moment: Tensor | None) -> CompressedModule:
         """This module fitted anew to other parts that are lent to it, as `with_leaf` fits leaves behind a changed one."""
         raise NotImplementedError(f"{self.spec.representation} borrows nothing")

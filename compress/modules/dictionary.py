@@ -93,6 +93,9 @@ class DictionaryLinear(FactoredLinear):
     def lend(self, lender: nn.Module) -> None:
         self.lent = (lender.get_submodule(LEAF),)
 
+    def stand_in(self) -> nn.Module | None:
+        return nn.ModuleDict({LEAF: self.lent[0]}) if self.lent else None
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """codes @ dictionary, multiplied in float32 and rounded once."""
         return (weight_of(self.codes) @ weight_of(self.atoms)).to(dtype or self._float_dtype())

@@ -48,7 +48,7 @@ class DictionarySpec(FactoredSpec):
 
     @property
     def most(self) -> int:
-        return self.out_features  # with as many atoms as outputs, the outputs' own weights would do
+        return max(self.in_features, self.out_features)  # of more use than either are none
 
     def factor_shapes(self) -> dict[str, tuple[int, int]]:
         return {LEAF: (self.rank, self.in_features), CODES: (self.out_features, self.rank)}

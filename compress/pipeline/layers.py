@@ -68,11 +68,18 @@ class Layers:
             raise CheckpointError(f"{self.model.folder}: tensor {name}.weight holds NaN or infinity; fetch it again")
         return weight
 
+    def source_weight(self, name: str) -> Tensor:
+        """The weight of a layer of the blocks in float32 [out_features, in_features], read from the source."""
+        if name in self.plan.source_specs:
+            return self.read(name, self.model.reader, self.plan.source_specs).dense(torch.float32)
+        return as_stored(self.plan.architecture, name, self.model.reader.read(f"{name}.weight", torch.float32))
+
     def running(self, name: str, module: CompressedModule) -> nn.Module:
         """The module as it will be once loaded from disk in the compute dtype."""
         if module.spec.plain:
             return self._ordinary(name, module)
-        running = rebuild_module(name, module.spec, module.stored(), self.compute_dtype).to(self.device)
+        stored, lender = module.stored(), module.stand_in()
+        running = rebuild_module(name, module.spec, stored, self.compute_dtype, lender).to(self.device)
         running.hold(self.compute_dtype)
         return running
 

@@ -8,10 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.writer import replace_file, writing
+from torch import Tensor
+
+from compress.checkpoint.headers import read_header
+from compress.checkpoint.reader import CheckpointReader
+from compress.checkpoint.writer import from_tensor, replace_file, write_safetensors, writing
+from compress.errors import CheckpointError
+from compress.pipeline.output import OBSERVED
 
 if TYPE_CHECKING:
     from compress.pipeline.progress import Progress
+
+
+KEPT = "matrix"  # the name of the one tensor in a file
 
 
 class Memory:
@@ -37,6 +46,28 @@ class Memory:
                 stream.write(json.dumps([key, self.values[key]]).encode() + b"\n")
                 stream.flush()
         return self.values[key]
+
+
+def kept_file(work: Path, step: int, name: str) -> Path:
+    """Where a matrix lies that looking at the model for a step found."""
+    return work / f"{OBSERVED}{step}.{name}.safetensors"
+
+
+def read_kept(file: Path) -> Tensor:
+    """A matrix that `keep` put there. Raises: CheckpointError if it is not whole."""
+    with CheckpointReader(file.parent, read_header(file)) as reader:
+        return reader.read(KEPT)
+
+
+def keep(file: Path, make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, or what an interrupted run kept in `file`."""
+    if file.exists():
+        try:
+            return read_kept(file)
+        except CheckpointError:
+            file.unlink()
+    write_safetensors(file, {KEPT: from_tensor(make())})
+    return read_kept(file)
 
 
 @contextmanager

@@ -18,16 +18,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from compress.calibration.store import Allowance, HiddenStates, embedded
-from compress.checkpoint.headers import read_header
-from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.stream import StreamedModel
-from compress.checkpoint.writer import from_tensor, write_safetensors
 from compress.errors import CheckpointError, RecipeError
 from compress.evaluation.chunks import LOGIT_BYTES, MIN_CHUNK_TOKENS
 from compress.methods.rewrite import LoadedBlock, ModelView
 from compress.models.branches import Branches, named_arguments
 from compress.models.families import module_name
-from compress.pipeline.memory import Memory, tracked
+from compress.pipeline.memory import Memory, keep, kept_file, read_kept, tracked
 from compress.pipeline.meter import release_free_memory
 from compress.pipeline.output import OBSERVED
 from compress.pipeline.plan import Plan, plan_source
@@ -35,8 +32,6 @@ from compress.pipeline.rewriting import RewritePlan, model_shape, open_source, p
 
 if TYPE_CHECKING:
     from compress.pipeline.progress import Progress
-
-KEPT = "matrix"  # the name of the one tensor in a file
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ def settle_rewrites(plan: Plan, looking: Looking) -> Plan:
     values: dict[int, Any] = {}
 
     def kept(number: int, name: str) -> Tensor:
-        return _read_kept(_file(looking.work, number, name))
+        return read_kept(kept_file(looking.work, number, name))
 
     def planned() -> tuple[RewritePlan, ...]:
         return plan_rewrites(plan.recipe, plan.original, plan.float_dtype, values, kept)
@@ -84,15 +79,6 @@ def settle_rewrites(plan: Plan, looking: Looking) -> Plan:
     settled = plan_source(plan.recipe, plan.original, None, planned())
     peak, seconds = max(plan.peak_bytes, settled.peak_bytes), max(plan.seconds, settled.seconds)
     return replace(settled, peak_bytes=peak, seconds=seconds)  # looking is part of the run
-
-
-def _file(work: Path, number: int, name: str) -> Path:
-    return work / f"{OBSERVED}{number}.{name}.safetensors"
-
-
-def _read_kept(file: Path) -> Tensor:
-    with CheckpointReader(file.parent, read_header(file)) as reader:
-        return reader.read(KEPT)
 
 
 class StreamedView(ModelView):
@@ -161,14 +147,7 @@ class StreamedView(ModelView):
         return self._memory.remember(key, make)
 
     def keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        file = _file(self._looking.work, self._step.number, name)
-        if file.exists():
-            try:
-                return _read_kept(file)
-            except CheckpointError:
-                file.unlink()
-        write_safetensors(file, {KEPT: from_tensor(make())})
-        return _read_kept(file)
+        return keep(kept_file(self._looking.work, self._step.number, name), make)
 
     def track(self, phase: str, total: int, unit: str) -> AbstractContextManager[Callable[[str], None]]:
         return tracked(self._looking.progress, phase, total, unit)

@@ -23,7 +23,7 @@ from compress.errors import RecipeError
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, SiteTask, View
 from compress.models.architecture import Site
 from compress.models.families import module_name
-from compress.pipeline.memory import Memory, tracked
+from compress.pipeline.memory import Memory, keep, kept_file, tracked
 from compress.pipeline.output import OBSERVED
 from compress.pipeline.plan import Plan, plan_source
 from compress.pipeline.rewriting import whole_model
@@ -177,6 +177,9 @@ class StageView(View):
             gatherer.add(x)
         return gatherer.result(f"{name} ({self._step.method.name})")
 
+    def weight(self, name: str) -> Tensor:
+        return self._stage.layers.source_weight(name)
+
     @torch.no_grad()
     def states(self) -> Iterator[Tensor]:
         stage = self._stage
@@ -216,6 +219,9 @@ class StageView(View):
 
     def remember(self, key: str, make: Callable[[], Any]) -> Any:
         return self._memory.remember(key, make)
+
+    def keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        return keep(kept_file(self._stage.scratch, self._step.number, name), make)
 
     def track(self, phase: str, total: int, unit: str) -> AbstractContextManager[Callable[[str], None]]:
         return tracked(self._progress, phase, total, unit)

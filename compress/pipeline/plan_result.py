@@ -123,10 +123,11 @@ def _warnings(layers: dict[str, LayerPlan], format_: str, untied: bool) -> list[
             "asymmetric grids: stock transformers loads the result only with "
             "quantization_config=CompressedTensorsConfig(dequantize=True); compress.load needs nothing"
         )
+    lenders = {layer.spec.lender() for layer in layers.values()}  # they store for others too
     warnings += [
         f"{layer.name}: {layer.bytes_after:,} bytes after, {layer.bytes_before:,} before: no gain"
         for layer in layers.values()
-        if layer.bytes_after >= layer.bytes_before > 0 and not layer.spec.plain
+        if layer.bytes_after >= layer.bytes_before > 0 and not layer.spec.plain and layer.name not in lenders
     ]
     return warnings
 

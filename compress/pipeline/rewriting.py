@@ -22,7 +22,7 @@ from compress.models.architecture import Architecture
 from compress.models.derived import Derived
 from compress.models.families import architecture_of, changed_config
 from compress.models.stream import Stream, stream_of
-from compress.modules.spec import DTYPE_BYTES
+from compress.modules.spec import DTYPE_BYTES, ModuleSpec
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +164,8 @@ def _planned(
         changed = changed_config(source.config, architecture, blocks=rewrite.blocks, untied=rewrite.untied)
     anew = _numbered_anew(architecture, rewrite)
     infos, tensors = _tensors_after(infos, anew, rewrite, float_dtype)
-    moved = {new: spec for name, spec in specs.items() if (new := anew(name)) is not None}
+    with naming(where):
+        moved = {new: _lent_anew(name, spec, anew) for name, spec in specs.items() if (new := anew(name)) is not None}
     structure = architecture.structure if rewrite.structure.plain else rewrite.structure
     if rewrite.mark:
         marks = {**marks, method.name: tuple(sorted({*marks.get(method.name, ()), *rewrite.mark}))}
@@ -183,6 +184,20 @@ def marks_of(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     ):
         raise CheckpointError(f"config.json: {MARKS}={written!r:.100} is not lists of words by method; fetch it again")
     return {name: tuple(marks) for name, marks in written.items()}
+
+
+def _lent_anew(name: str, spec: ModuleSpec, anew: Callable[[str], str | None]) -> ModuleSpec:
+    """`spec` with the name that its lender gets. Raises: RecipeError if that is left out."""
+    lender = spec.lender()
+    if lender is None:
+        return spec
+    new = anew(lender)
+    if new is None:
+        raise RecipeError(
+            f"{lender} would be left out, and {name} uses the dictionary that it stores; protect its block, or begin with the "
+            f"original"
+        )
+    return spec.lent_by(new)
 
 
 def model_shape(

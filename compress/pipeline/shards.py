@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from compress.checkpoint.headers import TensorInfo, read_header
 from compress.checkpoint.names import owner
 from compress.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from compress.checkpoint.stream import read_lender
 from compress.checkpoint.writer import Stored, from_source, from_tensor, write_safetensors
 from compress.methods.base import Outcome
+from compress.modules.spec import ModuleSpec
 from compress.pipeline.folding import scaled
 from compress.pipeline.journal import BlockEntry, sha256_of
 from compress.pipeline.layers import as_stored
@@ -66,6 +70,32 @@ class Shards:
     def _scaled(self, name: str, scale: Tensor) -> Stored:
         tensor = scaled(self.reader.read(name), scale, self.plan.architecture.transposed)
         return from_tensor(tensor.to(self._cast() or tensor.dtype))
+
+    def open_block(self, index: int, entries: Mapping[int, BlockEntry]) -> CheckpointReader:
+        """The tensors of block `index` as it was written, and of what its modules borrow from blocks before it."""
+        inside = self.plan.architecture.blocks[index] + "."
+        infos = read_header(self.out / entries[index].file)
+        for name, spec in self.plan.specs.items():
+            if name.startswith(inside):
+                infos |= self._lent(spec, entries)
+        return CheckpointReader(self.out, infos)
+
+    def lender(self, spec: ModuleSpec, entries: Mapping[int, BlockEntry]) -> nn.Module | None:
+        """What a module of `spec` borrows, as it was written, in the dtype in which it is stored; None: nothing."""
+        if spec.lender() is None:
+            return None
+        with CheckpointReader(self.out, self._lent(spec, entries)) as reader:
+            return read_lender(spec, reader, TORCH_DTYPES[self.plan.float_dtype])
+
+    def _lent(self, spec: ModuleSpec, entries: Mapping[int, BlockEntry]) -> dict[str, TensorInfo]:
+        """The headers of the tensors that a module of `spec` borrows."""
+        lender = spec.lender()
+        if lender is None:
+            return {}
+        blocks = self.plan.architecture.blocks
+        index = next(i for i, prefix in enumerate(blocks) if lender.startswith(f"{prefix}."))
+        written = read_header(self.out / entries[index].file)
+        return {name: written[name] for name in (f"{lender}.{suffix}" for suffix in spec.borrowed("F32"))}
 
     def write(
         self, part: int, names: list[str], outcomes: dict[str, Outcome], extra: dict[str, Stored] | None = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from compress.pipeline.folding import scale_module, scaled_input
 from compress.pipeline.journal import BlockEntry, Journal
 from compress.pipeline.layers import Layers
 from compress.pipeline.learning import Learner
+from compress.pipeline.memory import kept_file, read_kept
 from compress.pipeline.meter import Stopwatch, release_free_memory
 from compress.pipeline.plan import Plan
 from compress.pipeline.progress import Progress
@@ -314,8 +315,15 @@ class Stage:
     def _compress_site(
         self, site: Site, step: StepPlan, statistics: SiteStatistics | None, before: dict[str, Outcome]
     ) -> dict[str, Outcome]:
-        targets = [self.layers.target(name, site, before.get(name)) for name in site.linears if name in step.configs]
+        targets = [self._target(name, site, step, before) for name in site.linears if name in step.configs]
         return self._compress_targets(site, step, targets, statistics)
+
+    def _target(self, name: str, site: Site, step: StepPlan, before: dict[str, Outcome]) -> Target:
+        """A layer, with what its module borrows where that is new to it: not there yet, or changed by this run."""
+        target, spec = self.layers.target(name, site, before.get(name)), step.specs[name]
+        if spec.lender() is None or name in before or (target.module and spec.lender() not in self.plan.layers):
+            return target
+        return replace(target, lender=self.shards.lender(spec, self.journal.finished(self.number)))
 
     def _compress_targets(
         self, site: Site, step: StepPlan, targets: list[Target], statistics: SiteStatistics | None
@@ -330,6 +338,7 @@ class Stage:
                 lambda purpose: self.generator(step, site.name, purpose),
                 lambda detail: self.progress.advance(0, detail),
                 continuous=step.starts,
+                kept=lambda name: read_kept(kept_file(self.scratch, step.number, name)),
             )
         self._check(step, outcomes)
         return outcomes
@@ -348,7 +357,8 @@ class Stage:
     def _check_probe(self, index: int, entry: BlockEntry, expected: Tensor) -> None:
         """The block as read back from its shard must turn the probe into the very same numbers; it goes on from there."""
         file = self.out / entry.file
-        with CheckpointReader(self.out, read_header(file)) as reader:
+        entries = {**self.journal.finished(self.number), index: entry}
+        with self.shards.open_block(index, entries) as reader:
             block = self.model.load_block(index, reader, self.plan.specs)
         output = self.model.call_block(block, index, self.probe_hidden)
         self.model.unload_block(index)
@@ -369,8 +379,7 @@ class Stage:
                 self.model.unload_block(index)
             for learner in self.learners.values():
                 learner.replayed(index)
-            entry = self.journal.finished(self.number)[index]
-            with CheckpointReader(self.out, read_header(self.out / entry.file)) as reader:
+            with self.shards.open_block(index, self.journal.finished(self.number)) as reader:
                 block = self.model.load_block(index, reader, self.plan.specs)
             self.propagate(block, index, hidden)
             self.probe_hidden = self.model.call_block(block, index, self.probe_hidden)

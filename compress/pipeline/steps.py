@@ -66,9 +66,44 @@ def plan_steps(
             name: method.fitted(config, _multiple(name, later)) for name, config in configs.items()
         }
         fitted |= (decisions or {}).get(number, {})
+        fitted |= _arranged(_where(number, method), method, fitted, weights)
         planned.append(_plan_step(number, method, fitted, weights, current))
         current.update(planned[-1].specs)
-    return tuple(planned)
+    return _lending(planned, current, source_specs)
+
+
+def _arranged(
+    where: str, method: type[SiteMethod], choices: Mapping[str, MethodConfig | Kept], weights: Weights
+) -> dict[str, MethodConfig]:
+    from compress.methods.base import Kept
+
+    configs = {name: choice for name, choice in choices.items() if not isinstance(choice, Kept)}
+    with naming(where):
+        return method.arranged({name: weights[name][1] for name in configs}, configs)
+
+
+def _lending(
+    planned: Sequence[StepPlan], final: Mapping[str, ModuleSpec], source_specs: Mapping[str, ModuleSpec]
+) -> tuple[StepPlan, ...]:
+    """`planned`, modules that borrow with what they borrow as it is in the end: their lenders are finished before them.
+
+    Raises: RecipeError if a module stays as it was and what it borrows does not.
+    """
+    touched = {name for step in planned for name in step.specs}
+    for name, spec in source_specs.items():
+        lender = spec.lender()
+        if lender in touched and name not in touched:
+            step = next(step for step in planned if lender in step.specs)
+            raise RecipeError(
+                f"{_where(step.number, step.method)}: {name} uses the dictionary that {lender} stores, which this step changes; "
+                f"name both, or skip both"
+            )
+
+    def settled(spec: ModuleSpec) -> ModuleSpec:
+        lender = spec.lender()
+        return spec if lender is None else spec.borrowing(final[lender])
+
+    return tuple(replace(s, specs={name: settled(spec) for name, spec in s.specs.items()}) for s in planned)
 
 
 def sizes(

@@ -8,14 +8,14 @@ the site's; and it was fitted anew to what became of the leaves before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calibration.statistics import SecondMoment, SiteStatistics
-from compress.methods.base import Kept, Layer, LayerShape, Outcome, SiteTask
+from compress.methods.base import Kept, Layer, LayerShape, Outcome, SiteTask, nothing_kept
 from compress.modules.base import CompressedModule, Leaf
 from compress.pipeline.steps import StepPlan, leaf_name
 
@@ -23,13 +23,15 @@ from compress.pipeline.steps import StepPlan, leaf_name
 @dataclass(frozen=True)
 class Target:
     """A layer that a step applies to. `module` is what earlier steps made of it, in the dtype in which it is stored;
-    without one, `weight` float32 [out_features, in_features] is what there is."""
+    without one, `weight` float32 [out_features, in_features] is what there is. `lender`: of what the layer borrows, where that
+    is new to it."""
 
     name: str
     weight: Tensor | None
     bias: Tensor | None
     module: CompressedModule | None = None
     kind: Literal["linear", "embedding"] = "linear"
+    lender: nn.Module | None = None
 
 
 def compress_targets(
@@ -41,6 +43,7 @@ def compress_targets(
     generator: Callable[[str], torch.Generator],
     tell: Callable[[str], None],
     continuous: bool = False,
+    kept: Callable[[str], Tensor] = nothing_kept,
 ) -> dict[str, Outcome]:
     """Layer name -> what the step made of it.
 
@@ -49,11 +52,12 @@ def compress_targets(
         generator: randomness for a purpose.
         tell: takes a line about what goes on inside the step.
         continuous: whether `Outcome.continuous` is wanted.
+        kept: gives what the step's method kept when it looked at the model.
 
     Raises: NumericsError naming layer and step.
     """
-    works = [_Work(target, step) for target in targets]
     second_moment = None if statistics is None else statistics.values.get(SecondMoment())
+    works = [_Work(_with_lent(target, second_moment), step) for target in targets]
     for position in range(max(len(work.leaves) for work in works)):
         jobs = [_job(work, work.leaves[position], scale_dtype) for work in works if position < len(work.leaves)]
         together = [job for job in jobs if job.leaf.input_map is None]
@@ -63,11 +67,18 @@ def compress_targets(
             shared = None if statistics is None else statistics.mapped(group[0].leaf.input_map)
             where = site if group is together else group[0].layer.name
             purpose = "compress" if where == site else f"compress/{where}"
-            task = SiteTask(where, tuple(job.layer for job in group), tell, continuous)
+            task = SiteTask(where, tuple(job.layer for job in group), tell, continuous, kept)
             done = step.method.compress(task, shared, generator(purpose))
             for job in group:
                 job.work.take(job.name, done[job.layer.name], second_moment)
     return {work.target.name: work.outcome() for work in works}
+
+
+def _with_lent(target: Target, second_moment: Tensor | None) -> Target:
+    """A module that is there, fitted to what is lent to it now."""
+    if target.lender is None or target.module is None:
+        return target
+    return replace(target, module=target.module.with_lent(target.lender, second_moment), lender=None)
 
 
 def merged(before: Outcome | None, after: Outcome) -> Outcome:
@@ -147,6 +158,7 @@ def _job(work: _Work, name: str, scale_dtype: torch.dtype) -> _Job:
         scale_dtype,
         target.kind if whole else "linear",
         leaf.mask,
+        lender=target.lender if whole else None,
         folds=target.name in work.step.folds,
     )
     return _Job(work, name, leaf, layer)

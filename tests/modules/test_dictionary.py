@@ -157,7 +157,7 @@ def test_another_dictionary_is_lent_with_a_refit():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rank": 25}, "rank=25 is not a whole number from 1 to 24"),
+        ({"rank": 33}, "rank=33 is not a whole number from 1 to 32"),
         ({"shared": ""}, "shared='' is no name"),
         ({"shared": 3}, "shared=3 is no name"),
         ({"codes": {"representation": "low_rank"}}, "codes='low_rank' is not how a factor can be stored"),
