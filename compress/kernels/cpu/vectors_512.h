@@ -11,7 +11,7 @@ namespace {
 
 struct Avx512 {
   using Bytes = __m512i;
-  struct Ints { __m512i v; };
+  using Ints = __m512i;
   using Floats = __m512;
   static constexpr int NR = 2, MT = 12, DIRECT = 8, FULL_OFFSET = 0;
   static constexpr int PREFETCH = 2048;  // bytes ahead in the stream of codes
@@ -28,11 +28,11 @@ struct Avx512 {
   template <int N> CK_INLINE Bytes sll(Bytes a) { return _mm512_slli_epi32(a, N); }
 
   CK_INLINE __m512i broadcast(const int32_t* p) { return _mm512_set1_epi32(*p); }
-  CK_INLINE Ints broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  CK_INLINE Ints broadcast(int32_t x) { return _mm512_set1_epi32(x); }
   CK_INLINE Floats broadcast(float x) { return _mm512_set1_ps(x); }
-  template <bool> CK_INLINE Ints dp(Ints acc, Bytes w, __m512i a) { return {_mm512_dpbusd_epi32(acc.v, w, a)}; }
-  CK_INLINE Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-  template <int N> CK_INLINE Ints sra(Ints a) { return {_mm512_srai_epi32(a.v, N)}; }
+  template <bool> CK_INLINE Ints dp(Ints acc, Bytes w, __m512i a) { return _mm512_dpbusd_epi32(acc, w, a); }
+  CK_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+  template <int N> CK_INLINE Ints sra(Ints a) { return _mm512_srai_epi32(a, N); }
 
   CK_INLINE Floats floats(const float* p) { return _mm512_loadu_ps(p); }
   CK_INLINE Floats floats(const void* p, int32_t dtype) {
@@ -44,7 +44,7 @@ struct Avx512 {
   CK_INLINE Floats floats_of_bytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
-  CK_INLINE Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a.v); }
+  CK_INLINE Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
   template <int J> CK_INLINE Floats code(Bytes b) {
     if constexpr (J == 3) return _mm512_cvtepi32_ps(_mm512_srli_epi32(b, 24));
     else return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(b, 8 * J), _mm512_set1_epi32(255)));
