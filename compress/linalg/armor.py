@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compress.linalg.block_diagonal import block_left, block_right, column_blocks, identity_blocks
+from compress.linalg.block_diagonal import block_left, block_right, column_blocks, column_products, identity_blocks
 
 GROUP = 4  # of 2:4
 RELATIVE, ABSOLUTE = 1e-6, 1e-8  # an iteration that lowers L / L0 by less does not count as progress; ARMOR's code
@@ -115,12 +115,13 @@ class Descent:
         self.a, self.b = sizes
         self.root = (squares / squares.mean()).sqrt().to(weight)
         self.target = weight * self.root
-        self.kept = mask.to(weight.dtype)
-        self.core = weight * self.kept
+        self.kept = mask.to(weight.dtype).contiguous()
+        self.core = (weight * self.kept).contiguous()
         self.output_blocks = identity_blocks(out_features, self.a, weight)
         self.input_blocks = identity_blocks(in_features, self.b, weight)
         self.scaled = self.input_blocks * self._columns()
         self.inner, self.error, self.back, self.slope = (torch.empty_like(self.core) for _ in range(4))
+        self._scratch, self._ones = torch.empty_like(self.core), weight.new_ones(GROUP)
         self.energy = _energy(self.target)
         self.learning_rate = learning_rate
         self._adam: torch.optim.Adam | None = None
@@ -173,38 +174,42 @@ class Descent:
         self.core -= step.mul_(self.kept)
 
     def reselect(self, generator: torch.Generator) -> None:
-        """Draw a group in every tile and choose anew which two of it are kept, and their values."""
+        """Draw a group in every tile and choose anew which two of it are kept, and their values.
+
+        Groups of 4 are looked up by their number, in matrices seen as [groups, ...]: rows that lie together.
+        """
         i, j, p, q = self._drawn(generator)  # tile, row in it, first column in it: [tiles]
-        places = torch.arange(GROUP, device=self.core.device)
-        rows = i * self.a + p
-        columns = (j * self.b + q).unsqueeze(1) + places  # [tiles, 4]
-        inside = q.unsqueeze(1) + places
-        across = torch.bmm(self.output_blocks.mT, self.output_blocks)[i, p]  # row p of A^T A: [tiles, a]
-        along = torch.bmm(self.scaled, self.scaled.mT)[j.unsqueeze(1), inside]  # rows q.. of B^ B^^T: [tiles, 4, b]
-        curvature = along.gather(2, inside.unsqueeze(1).expand(-1, GROUP, -1)).double()  # G [tiles, 4, 4]
-        squared = across.gather(1, p.unsqueeze(1)).double()  # |a_p|^2 [tiles, 1]
-        old = self.core[rows.unsqueeze(1), columns].double()
-        slope = self.slope[rows.unsqueeze(1), columns].double()
+        row, across_group = i * self.a + p, j * (self.b // GROUP) + q // GROUP  # row of W, group of inputs
+        place = row * (self.core.shape[1] // GROUP) + across_group
+        gram = torch.bmm(self.output_blocks.mT, self.output_blocks)
+        across = gram.view(-1, self.a).index_select(0, row)  # row p of A^T A: [tiles, a]
+        squared = gram.diagonal(dim1=1, dim2=2).reshape(-1).index_select(0, row).double()  # |a_p|^2
+        gram = torch.bmm(self.scaled, self.scaled.mT)
+        along = _groups(gram).index_select(0, across_group)  # rows q.. of B^ B^^T: [tiles, 4 b]
+        inner = gram.unflatten(2, (-1, GROUP)).unflatten(1, (-1, GROUP)).diagonal(dim1=1, dim2=3)  # [in/b, 4, 4, b/4]
+        curvature = inner.permute(1, 2, 0, 3).reshape(GROUP, GROUP, -1).index_select(2, across_group).double()  # G
+        core, kept, slopes = (matrix.view(-1, GROUP) for matrix in (self.core, self.kept, self.slope))
+        old, slope = (matrix.index_select(0, place).double().T for matrix in (core, slopes))  # [4, tiles]
         pair, values = best_pairs(curvature, slope - squared * _times(curvature, old), squared)
-        new = torch.zeros_like(old).scatter_(1, pair, values)
+        new = torch.zeros_like(old).scatter_(0, pair, values)
         change = new - old
-        gain = (change * (2 * slope + squared * _times(curvature, change))).sum(1, keepdim=True)
+        gain = (change * (2 * slope + squared * _times(curvature, change))).sum(0)
         better = gain < 0  # false for what is not finite
         change = torch.where(better, change, 0.0)
-        chosen = torch.zeros_like(old).scatter_(1, pair, 1.0)
-        index = (rows.unsqueeze(1), columns)
-        self.core[index] = torch.where(better, new, old).to(self.core)
-        self.kept[index] = torch.where(better, chosen, self.kept[index].double()).to(self.kept)
-        self._carry(i, j, p, rows, inside, across, along, change.to(self.core))
+        chosen = torch.zeros_like(old).scatter_(0, pair, 1.0)
+        core.index_copy_(0, place, torch.where(better, new, old).T.to(core))
+        before = kept.index_select(0, place)
+        kept.index_copy_(0, place, torch.where(better.unsqueeze(1), chosen.T.to(kept), before))
+        self._carry(i, j, p, row, across_group, across, along, change.T.to(core))
         self.loss += float(torch.where(better, gain, 0.0).sum()) / self.energy
 
     def _drawn(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A group for each tile: row and column of the tile, row and first column inside it."""
         out_features, in_features = self.core.shape
         n_down, n_across, per_row = out_features // self.a, in_features // self.b, self.b // GROUP
-        size = self.slope.abs()
-        size = size[:, 0::4] + size[:, 1::4] + size[:, 2::4].add_(size[:, 3::4])  # [out, in/4]
-        size = size.view(n_down, self.a, n_across, per_row).transpose(1, 2).reshape(n_down * n_across, -1)
+        torch.abs(self.slope, out=self._scratch)
+        size = (self._scratch.view(-1, GROUP) @ self._ones).view(n_down, self.a, n_across, per_row)
+        size = size.transpose(1, 2).reshape(n_down * n_across, -1)
         upto = size.cumsum(1)
         draw = torch.rand(len(upto), 1, generator=generator).to(upto) * upto[:, -1:]
         found = torch.searchsorted(upto, draw).squeeze(1).clamp_(max=upto.shape[1] - 1)
@@ -216,26 +221,27 @@ class Descent:
         i: Tensor,
         j: Tensor,
         p: Tensor,
-        rows: Tensor,
-        inside: Tensor,
+        row: Tensor,
+        across_group: Tensor,
         across: Tensor,
         along: Tensor,
         change: Tensor,
     ) -> None:
         """What changes of one group per tile do to inner, error, back and slope."""
         n_down, n_across = len(self.output_blocks), len(self.input_blocks)
-        added = (change.unsqueeze(1) @ self.scaled[j.unsqueeze(1), inside]).squeeze(1)  # to row p of S B^: [tiles, b]
-        raised = (change.unsqueeze(1) @ along).squeeze(1)
-        self.inner.unflatten(1, (n_across, self.b))[rows, j] += added
-        lifts = self.output_blocks[i, :, p]  # a_p: [tiles, a]
-        for matrix, column, row in (
+        added = _mixed(change, _groups(self.scaled).index_select(0, across_group))  # to row p of S B^: [tiles, b]
+        raised = _mixed(change, along)
+        lines, which = self.inner.view(-1, self.b), row * n_across + j
+        lines.index_copy_(0, which, lines.index_select(0, which) + added)
+        lifts = self.output_blocks.mT.reshape(-1, self.a).index_select(0, row)  # a_p: [tiles, a]
+        for matrix, column, line in (
             (self.error, lifts, added),
             (self.back, across, added),
             (self.slope, across, raised),
         ):
             shape = (n_down, n_across, 1)
             self._tiles(matrix).addcmul_(
-                column.view(n_down, n_across, self.a, 1).transpose(1, 2), row.view(*shape, -1).transpose(1, 2)
+                column.view(n_down, n_across, self.a, 1).transpose(1, 2), line.view(*shape, -1).transpose(1, 2)
             )
 
     def _forward(self) -> None:
@@ -252,7 +258,7 @@ class Descent:
 
     def _slope_input(self) -> Tensor:
         """Half the gradient of B^: [in/b, b, b]."""
-        return torch.bmm(column_blocks(self.core, self.b).mT, column_blocks(self.back, self.b))
+        return column_products(self.core, self.back, self.b)
 
     def _columns(self) -> Tensor:
         """sqrt(h) as it multiplies columns of B: [in/b, 1, b]."""
@@ -267,26 +273,40 @@ def best_pairs(curvature: Tensor, slope: Tensor, squared: Tensor) -> tuple[Tenso
     """The two of each group of 4 that lower the loss most, the others being 0, and the values that do.
 
     Args:
-        curvature: G [n, 4, 4]; slope: g [n, 4], half the gradient where the group is 0; squared: |a_p|^2 [n, 1].
+        curvature: G [4, 4, n]; slope: g [4, n], half the gradient where the group is 0; squared: |a_p|^2 [n].
 
-    Returns: places [n, 2], ascending, and values [n, 2].
+    Returns: places [2, n], ascending, and values [2, n].
     """
-    pairs = torch.tensor(list(combinations(range(GROUP), 2)), device=slope.device)  # [6, 2]
-    first, second = pairs.unbind(1)
-    damping = DAMPING * curvature.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    x, y = slope[:, first], slope[:, second]
-    top, low = curvature[:, first, first] + damping, curvature[:, second, second] + damping
-    between = curvature[:, first, second]
+    pairs = torch.tensor(list(combinations(range(GROUP), 2)), device=slope.device).T  # [2, 6]
+    first, second = pairs
+    damping = DAMPING * curvature.diagonal().mean(1)
+    x, y = slope[first], slope[second]  # [6, n], as all that follows
+    top, low = curvature[first, first] + damping, curvature[second, second] + damping
+    between = curvature[first, second]
     determinant = top * low - between.square()
     u, v = (low * x - between * y) / determinant, (top * y - between * x) / determinant
     gain = torch.nan_to_num(x * u + y * v, nan=-torch.inf).masked_fill_(determinant <= 0, -torch.inf)
-    best = gain.argmax(1, keepdim=True)  # [n, 1]
-    values = -torch.cat([u.gather(1, best), v.gather(1, best)], 1) / squared
-    return pairs[best.squeeze(1)], torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    most, best = gain[0], torch.zeros_like(gain[0], dtype=torch.long)
+    for number in range(1, len(gain)):  # argmax goes entry by entry where it does not run along rows
+        best.masked_fill_(gain[number] > most, number)
+        most = torch.maximum(most, gain[number])
+    values = -torch.stack([which.gather(0, best[None])[0] for which in (u, v)]) / squared
+    return pairs.index_select(1, best), torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
+    """[4, 4, n] times [4, n]."""
+    return (matrices * vectors).sum(1)
+
+
+def _groups(blocks: Tensor) -> Tensor:
+    """Blocks [n, b, b], four rows of one at a time: [n b / 4, 4 b]."""
+    return blocks.reshape(-1, GROUP * blocks.shape[2])
+
+
+def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
+    """Sums of four rows, [n, b], for `weights` [n, 4] and rows [n, 4 b]."""
+    return torch.bmm(weights.unsqueeze(1), rows.view(len(rows), GROUP, -1)).squeeze(1)
 
 
 def _largest(grams: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class ArmorLinear(CompressedModule):
             torch.empty(shapes[name][1], dtype=dtype, device=device) for name in ("output_wrapper", "input_wrapper")
         )
         core = SparseLinear.from_spec(spec.core, False, dtype, device)
+        assert isinstance(core, SparseLinear)
         empty = torch.empty(spec.out_features, dtype=dtype, device=device) if bias else None
         return cls(spec, output_wrapper, core, input_wrapper, empty)
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from compress.kernels.choice import Activations
 from compress.kernels.ops import TILE, dequantize_rows, quantized_linear
 from compress.kernels.packing import dequantize, pack, unpack, unpack_entries
-from compress.modules.base import CompressedModule
+from compress.modules.of_tensors import ModuleOfTensors
 from compress.modules.packed import PackedRows, can_pack, pack_rows
 from compress.modules.quantized_spec import QuantizedSpec
 from compress.modules.spec import ModuleSpec
@@ -21,7 +21,7 @@ IN_BUFFER = ("weight_packed", "weight_scale", "weight_zero_point")  # what a nat
 PARAMETERS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "bias")
 
 
-class QuantizedModule(CompressedModule):
+class QuantizedModule(ModuleOfTensors):
     """What linear and table share: the tensors, how they are filled, and the weight they stand for."""
 
     spec: QuantizedSpec
@@ -31,28 +31,11 @@ class QuantizedModule(CompressedModule):
     weight_zero_point: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, spec: QuantizedSpec, stored: dict[str, Tensor]):
-        super().__init__()
-        self.spec = spec
-        for name, tensor in stored.items():  # parameters, so that offloading moves them like any weight
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        for name in ("weight_zero_point", "bias"):
-            if name not in stored:
-                self.register_parameter(name, None)
+    optional = ("weight_zero_point",)
 
     @classmethod
-    def from_spec(
-        cls, spec: ModuleSpec, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta"
-    ) -> QuantizedModule:
-        assert isinstance(spec, QuantizedSpec)
-        dtypes = {"I32": torch.int32, "I64": torch.int64, "F32": dtype}
-        stored = {
-            name: torch.empty(shape, dtype=dtypes[kind], device=device)
-            for name, (kind, shape) in spec.tensors("F32").items()
-        }
-        if bias:
-            stored["bias"] = torch.empty(spec.out_features, dtype=dtype, device=device)
-        return _class_of(spec)(spec, stored)
+    def class_of(cls, spec: ModuleSpec) -> type[QuantizedModule]:
+        return QuantizedEmbedding if isinstance(spec, QuantizedSpec) and spec.kind == "embedding" else QuantizedLinear
 
     @classmethod
     def from_codes(
@@ -81,7 +64,7 @@ class QuantizedModule(CompressedModule):
             stored["weight_zero_point"] = pack(zero_point.T, spec.bits).T.contiguous()  # packed along out
         if bias is not None:
             stored["bias"] = bias.detach()
-        return _class_of(spec)(spec, stored)
+        return cls.class_of(spec)(spec, stored)
 
     def codes(self) -> Tensor:
         """uint8 [out_features, in_features], 0 .. 2^bits - 1."""
@@ -264,7 +247,3 @@ class QuantizedEmbedding(QuantizedModule):
         if self.weight_zero_point is not None:
             zero_point = unpack_entries(self.weight_zero_point, spec.bits, ids)
         return dequantize(codes, functional.embedding(ids, self.weight_scale), zero_point, spec.bits)
-
-
-def _class_of(spec: QuantizedSpec) -> type[QuantizedModule]:
-    return QuantizedEmbedding if spec.kind == "embedding" else QuantizedLinear

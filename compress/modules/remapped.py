@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
-from compress.modules.base import CompressedModule
+from compress.modules.of_tensors import LinearOfTensors
 from compress.modules.remapped_spec import RemappedSpec
-from compress.modules.spec import ModuleSpec
 
 
-class RemappedLinear(CompressedModule):
+class RemappedLinear(LinearOfTensors):
     """x right^T left^T + bias. Also stands in for a GPT-2 Conv1D, whose weight is the transpose.
 
     What is saved is storage: a forward takes the codes to floats. `hold` keeps those, as two factors or as their product,
@@ -26,29 +25,7 @@ class RemappedLinear(CompressedModule):
     rest: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, spec: RemappedSpec, stored: dict[str, Tensor]):
-        """`stored`: the tensors of the spec, and "bias" if there is one."""
-        super().__init__()
-        self.spec = spec
-        self.in_features, self.out_features = spec.in_features, spec.out_features
-        for name, tensor in stored.items():
-            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
-        for name in ("rest", "bias"):
-            if name not in stored:
-                self.register_parameter(name, None)
-
-    @classmethod
-    def from_spec(
-        cls, spec: ModuleSpec, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta"
-    ) -> RemappedLinear:
-        assert isinstance(spec, RemappedSpec)
-        stored = {
-            name: torch.empty(shape, dtype=torch.int8 if kind == "I8" else dtype, device=device)
-            for name, (kind, shape) in spec.tensors("F32").items()
-        }
-        if bias:
-            stored["bias"] = torch.empty(spec.out_features, dtype=dtype, device=device)
-        return cls(spec, stored)
+    optional = ("rest",)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from compress.errors import CheckpointError
@@ -17,12 +17,12 @@ from compress.kernels.sparse import (
     wrong_positions,
 )
 from compress.modules.base import CompressedModule, Leaf
+from compress.modules.of_tensors import LinearOfTensors
 from compress.modules.quantized import QuantizedLinear
 from compress.modules.sparse_spec import SparseSpec
-from compress.modules.spec import ModuleSpec
 
 
-class SparseLinear(CompressedModule):
+class SparseLinear(LinearOfTensors):
     """x @ weight.T + bias. Also stands in for a GPT-2 Conv1D, whose weight is the transpose."""
 
     spec: SparseSpec
@@ -32,29 +32,7 @@ class SparseLinear(CompressedModule):
     weight_scale: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, spec: SparseSpec, stored: dict[str, Tensor]):
-        """`stored`: the tensors of the spec, and "bias" if there is one."""
-        super().__init__()
-        self.spec = spec
-        self.in_features, self.out_features = spec.in_features, spec.out_features
-        for name, tensor in stored.items():
-            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
-        for name in ("weight_values", "weight_packed", "weight_scale", "bias"):
-            if name not in stored:
-                self.register_parameter(name, None)
-
-    @classmethod
-    def from_spec(
-        cls, spec: ModuleSpec, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta"
-    ) -> SparseLinear:
-        assert isinstance(spec, SparseSpec)
-        stored = {
-            name: torch.empty(shape, dtype=torch.int32 if kind == "I32" else dtype, device=device)
-            for name, (kind, shape) in spec.tensors("F32").items()
-        }
-        if bias:
-            stored["bias"] = torch.empty(spec.out_features, dtype=dtype, device=device)
-        return cls(spec, stored)
+    optional = ("weight_values", "weight_packed", "weight_scale")
 
     @classmethod
     def from_weight(

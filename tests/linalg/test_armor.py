@@ -143,10 +143,10 @@ def test_groups_are_drawn_in_proportion_to_their_gradients():
 
 def test_two_inputs_that_are_one_give_finite_values():
     row = random(1, 5)
-    curvature = (row.T @ row)[None, :4, :4]  # of rank one
-    places, values = best_pairs(curvature, row[:, :4], torch.ones(1, 1, dtype=torch.float64))
-    assert places.shape == (1, 2) and torch.isfinite(values).all()
-    _, values = best_pairs(torch.zeros(1, 4, 4), torch.zeros(1, 4), torch.zeros(1, 1))
+    curvature = (row.T @ row)[:4, :4, None]  # of rank one
+    places, values = best_pairs(curvature, row.T[:4], torch.ones(1, dtype=torch.float64))
+    assert places.shape == (2, 1) and torch.isfinite(values).all()
+    _, values = best_pairs(torch.zeros(4, 4, 1), torch.zeros(4, 1), torch.zeros(1))
     assert not values.any()
 
 
