@@ -81,7 +81,7 @@ class Toy(View):
     def sites(self):
         raise NotImplementedError
 
-    states = sites
+    states = weight = keep = sites
 
     def model(self) -> nn.Module:
         return Model().eval().requires_grad_(False)
