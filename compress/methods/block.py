@@ -115,14 +115,14 @@ class BlockMethod(SiteMethod):
         return True
 
     @classmethod
-    def learning_bytes(cls, shapes: tuple[LayerShape, ...], config: Any, tokens: int, widest: int) -> int:
-        """Peak bytes of `learn` for the layers of a window, beyond its weights; `tokens` are run at a time through layers
-        of up to `widest` inputs."""
+    def learning_bytes(cls, shapes: tuple[LayerShape, ...], config: Any, length: int, widest: int) -> int:
+        """Peak bytes of `learn`, beyond the weights of its blocks. `shapes` are the layers of one block of the window, rows have
+        `length` tokens, layers up to `widest` inputs."""
         return 0
 
     @classmethod
-    def learning_flops(cls, shapes: tuple[LayerShape, ...], config: Any, tokens_per_row: int) -> float:
-        """Floating-point operations of `learn` for the layers of one block."""
+    def learning_flops(cls, shapes: tuple[LayerShape, ...], config: Any, length: int) -> float:
+        """Floating-point operations of `learn` for the layers of one block; rows have `length` tokens."""
         return 0.0
 
     @classmethod

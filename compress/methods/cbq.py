@@ -93,14 +93,14 @@ class CBQ(SignRound):
         return config.window - config.overlap
 
     @classmethod
-    def learning_bytes(cls, shapes: tuple[LayerShape, ...], config: SignRoundConfig, tokens: int, widest: int) -> int:
-        return config.window * super().learning_bytes(shapes, config, tokens, widest)  # type: ignore[attr-defined]
+    def learning_bytes(cls, shapes: tuple[LayerShape, ...], config: SignRoundConfig, length: int, widest: int) -> int:
+        return config.window * super().learning_bytes(shapes, config, length, widest)  # type: ignore[attr-defined]
 
     @classmethod
-    def learning_flops(cls, shapes: tuple[LayerShape, ...], config: SignRoundConfig, tokens_per_row: int) -> float:
+    def learning_flops(cls, shapes: tuple[LayerShape, ...], config: SignRoundConfig, length: int) -> float:
         assert isinstance(config, CBQConfig)
         visits = config.window / (config.window - config.overlap)
-        return visits * super().learning_flops(shapes, config, tokens_per_row) * (4 / 3 if config.homologous else 1)
+        return visits * super().learning_flops(shapes, config, length) * (4 / 3 if config.homologous else 1)
 
     @classmethod
     def learn(cls, task: WindowTask, generator: torch.Generator) -> Learned:

@@ -141,15 +141,15 @@ class SignRound(BlockMethod):
         return shared(configs, ("inputs",), WHY).inputs == "original"
 
     @classmethod
-    def learning_bytes(cls, shapes: tuple[LayerShape, ...], config: SignRoundConfig, tokens: int, widest: int) -> int:
+    def learning_bytes(cls, shapes: tuple[LayerShape, ...], config: SignRoundConfig, length: int, widest: int) -> int:
         weights = sum(s.out_features * s.in_features for s in shapes)
         # the weight rounded from, V, its gradient, the start's V, two candidates; steps and clamp; W' of all layers
-        return weights * (4 * 6 + 2 + 4) + 4 * tokens * widest * 2 * len(shapes)
+        return weights * (4 * 6 + 2 + 4) + 4 * config.batch_rows * length * widest * 2 * len(shapes)
 
     @classmethod
-    def learning_flops(cls, shapes: tuple[LayerShape, ...], config: SignRoundConfig, tokens_per_row: int) -> float:
+    def learning_flops(cls, shapes: tuple[LayerShape, ...], config: SignRoundConfig, length: int) -> float:
         weights = sum(s.out_features * s.in_features for s in shapes)
-        return config.iterations * weights * (6.0 * config.batch_rows * tokens_per_row + 60)
+        return config.iterations * weights * (6.0 * config.batch_rows * length + 60)
 
     @classmethod
     def learn(cls, task: WindowTask, generator: torch.Generator) -> Learned:

@@ -83,7 +83,7 @@ def _parameters_before(step: RewritePlan) -> list[int]:
 
 def _block_bytes(plan: Plan) -> int:
     """The largest block in float32 (twice where the original runs beside it), and the work on its worst site."""
-    copies = 2 if any(step.needs_original for stage in plan.stages for step in stage) else 1
+    copies = max(2 if any(step.needs_original for stage in plan.stages for step in stage) else 1, _window(plan))
     block = max(_block_parameters(plan), default=0) * COMPUTE_BYTES * copies
     packed = max(
         (
@@ -97,7 +97,49 @@ def _block_bytes(plan: Plan) -> int:
         config = step.configs[shapes[0].name]
         statistics = sum(r.nbytes(shapes[0].in_features) for r in step.method.statistics(config))
         worst = max(worst, statistics + step.method.workspace(shapes, config))
-    return block + packed + worst
+    return block + packed + max(worst, _learning_bytes(plan))
+
+
+def _learning_steps(plan: Plan) -> list[StepPlan]:
+    """Those that learn the layers of blocks together."""
+    return [step for stage in plan.stages for step in stage if step.method.by_blocks]
+
+
+def _window(plan: Plan) -> int:
+    """The most blocks that are learned together; 1 where nothing is learned."""
+    return max((step.method.window(step.configs) for step in _learning_steps(plan)), default=1)  # type: ignore[attr-defined]
+
+
+def _block_shapes(plan: Plan, step: StepPlan, index: int) -> tuple[LayerShape, ...]:
+    """The layers of block `index` that a step applies to."""
+    from compress.methods.base import LayerShape
+
+    layers = [plan.layers[name] for name in step.configs]
+    return tuple(LayerShape(x.name, x.out_features, x.in_features) for x in layers if x.block == index)
+
+
+def _learning_bytes(plan: Plan) -> int:
+    """Of learning the block, or window, with the most weights."""
+    peak, length = 0, plan.recipe.calibration.length
+    for step in _learning_steps(plan):
+        for index in range(plan.architecture.n_blocks):
+            shapes = _block_shapes(plan, step, index)
+            if shapes:
+                config: Any = step.configs[shapes[0].name]
+                widest = max(s.in_features for s in shapes)
+                peak = max(peak, step.method.learning_bytes(shapes, config, length, widest))  # type: ignore[attr-defined]
+    return peak
+
+
+def _learning_flops(plan: Plan) -> float:
+    total, length = 0.0, plan.recipe.calibration.length
+    for step in _learning_steps(plan):
+        for index in range(plan.architecture.n_blocks):
+            shapes = _block_shapes(plan, step, index)
+            if shapes:
+                config: Any = step.configs[shapes[0].name]
+                total += step.method.learning_flops(shapes, config, length)  # type: ignore[attr-defined]
+    return total
 
 
 def _site_work(plan: Plan) -> list[tuple[StepPlan, str, tuple[LayerShape, ...]]]:
@@ -126,7 +168,7 @@ def _activation_bytes(plan: Plan, tokens: int) -> int:
 
 def _held_bytes(plan: Plan, tokens: int) -> int:
     """Hidden states of all tokens and what stopped forwards hold."""
-    streams = 2 if any(step.needs_original for stage in plan.stages for step in stage) else 1
+    streams = 2 if any(step.needs_original or step.method.by_blocks for stage in plan.stages for step in stage) else 1
     return tokens * COMPUTE_BYTES * (2 * plan.architecture.hidden_size + _widest(plan)) * streams
 
 
@@ -234,7 +276,7 @@ def _evaluation_tokens(plan: Plan) -> int:
 
 def _seconds(plan: Plan, tokens: int) -> float:
     forward = sum(2.0 * parameters for parameters in _block_parameters(plan)) * _active_share(plan)
-    flops = forward * tokens
+    flops = forward * tokens + _learning_flops(plan) + forward * tokens * len(_learning_steps(plan))
     for step, _, shapes in _site_work(plan):
         config = step.configs[shapes[0].name]
         flops += sum(r.flops(shapes[0].in_features) for r in step.method.statistics(config)) * tokens
