@@ -46,11 +46,13 @@ class HubModel:
     def config(self) -> dict[str, Any]:
         return read_json(self._small("config.json"))
 
-    def headers(self) -> dict[str, TensorInfo]:
-        """Every tensor, by the headers of the weight files; those of a stack by its table."""
+    def headers(self, budget: Budget | None = None) -> dict[str, TensorInfo]:
+        """Every tensor, by the headers of the weight files; of a stack what fits `budget`, by its table."""
         infos = self._base_headers()
         stack = self._stack(infos)
-        return infos if stack is None else {**infos, **stack.infos(len(stack.entries))}
+        if stack is None and budget is not None:
+            raise no_stack(self.repo)
+        return infos if stack is None else {**infos, **stack.infos(stack.fits(budget))}
 
     def _base_headers(self) -> dict[str, TensorInfo]:
         with ThreadPoolExecutor(CONNECTIONS) as pool:

@@ -64,8 +64,9 @@ class Source:
         return self.on_hub.fetch(note, budget)
 
 
-def find_source(path: str, revision: str | None = None) -> Source:
-    """Look at a model's config and headers: a folder if there is one of that name, else a Hub id.
+def find_source(path: str, revision: str | None = None, budget: Budget | None = None) -> Source:
+    """Look at a model's config and headers: a folder if there is one of that name, else a Hub id. Of a stack, what fits
+    `budget`.
 
     Raises: CheckpointError naming what is missing, damaged or out of reach.
     """
@@ -86,21 +87,23 @@ def find_source(path: str, revision: str | None = None) -> Source:
             raise CheckpointError(
                 f"{folder}: no config.json in it; name the folder that holds config.json and *.safetensors"
             )
-        return Source(path, read_json(folder / "config.json"), read_headers(folder), folder, revision, names)
+        return Source(path, read_json(folder / "config.json"), read_headers(folder, budget), folder, revision, names)
     if folder.exists():
         raise CheckpointError(f"{path}: is a file; name the folder that holds config.json and *.safetensors")
     if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
         raise CheckpointError(f"{path}: no such model folder (and no Hub id, which has the form owner/name)")
-    return _find_on_hub(path, revision)
+    return _find_on_hub(path, revision, budget)
 
 
-def _find_on_hub(repo: str, revision: str | None) -> Source:
+def _find_on_hub(repo: str, revision: str | None, budget: Budget | None) -> Source:
     found = find_on_hub(repo, revision)
     if isinstance(found, Path):
         names = tuple(sorted(p.name for p in found.iterdir() if p.is_file()))
-        return Source(repo, read_json(found / "config.json"), read_headers(found), found, revision, names, repo)
+        return Source(repo, read_json(found / "config.json"), read_headers(found, budget), found, revision, names, repo)
     with HubErrors(repo):
-        return Source(repo, found.config(), found.headers(), None, revision, tuple(sorted(found.sizes)), repo, found)
+        return Source(
+            repo, found.config(), found.headers(budget), None, revision, tuple(sorted(found.sizes)), repo, found
+        )
 
 
 def tokenizer_size(source: Source) -> int | None:

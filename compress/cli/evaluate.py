@@ -16,6 +16,7 @@ from compress.cli.options import (
     Device,
     IncludePath,
     Json,
+    MemoryBudget,
     ModelFolder,
     Quiet,
     RemoteCode,
@@ -107,10 +108,12 @@ def evaluate(
     apply_chat_template: ChatTemplate = False,
     seed: TaskSeed = None,
     dtype: Dtype = "auto",
+    arithmetic: Arithmetic = "reference",
     cache: Cache = None,
     output: Output = None,
     log_samples: LogSamples = False,
     confirm_run_unsafe_code: UnsafeCode = False,
+    memory_budget: MemoryBudget = None,
     device: Device = "auto",
     activation_memory: ActivationMemory = None,
     revision: Revision = None,
@@ -136,12 +139,18 @@ def evaluate(
         tasks,
         {
             "include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size,
-            "apply_chat_template": apply_chat_template, "seed": seed, "dtype": dtype, "cache": cache, "output": output,
+            "apply_chat_template": apply_chat_template, "seed": seed, "dtype": dtype, "arithmetic": arithmetic, "cache": cache, "output": output,
             "log_samples": log_samples, "confirm_run_unsafe_code": confirm_run_unsafe_code,
         },
     )  # fmt: skip
     for folder in filter(None, (model, reference)):
         refuse_unfinished(folder)
+    if memory_budget is not None and (wanted or speed):
+        from compress.errors import RecipeError
+
+        raise RecipeError(
+            "--memory-budget: chooses what perplexity is measured of; tasks and speed take the whole model: export it first"
+        )
     if html is not None:
         check_page(html)
     from compress.cli.progress import Display
@@ -157,7 +166,8 @@ def evaluate(
         scores = _run_tasks(model, reference, wanted, machine, display, places, output) if wanted else {}
         if not is_main_process():
             return
-        found = _perplexity(model, reference, settings, machine, display, places) if settings else {}
+        budget = {**places, "memory_budget": memory_budget}
+        found = _perplexity(model, reference, settings, machine, display, budget) if settings else {}
         if speed:
             found["speed"] = _speed(model, reference, machine, display, places)
     if html is not None:

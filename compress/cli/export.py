@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli.options import Debug, Json, Quiet, Revision, refuse_unfinished
+from compress.cli.options import Debug, Json, MemoryBudget, Quiet, Revision, refuse_unfinished
 
 Source = Annotated[str, typer.Argument(metavar="DIR", help="a compressed model: a folder, or a Hub id")]
 To = Annotated[
@@ -30,6 +30,7 @@ def export(
     to: To,
     out: Out = None,
     overwrite: Overwrite = False,
+    memory_budget: MemoryBudget = None,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -49,7 +50,9 @@ def export(
     from compress.export.run import export as write
 
     with Display(quiet) as display:
-        found = write(folder, to, out, overwrite=overwrite, revision=revision, progress=display)
+        found = write(
+            folder, to, out, overwrite=overwrite, revision=revision, progress=display, memory_budget=memory_budget
+        )  # fmt: skip
     print_json(found) if as_json else _print(found)
 
 

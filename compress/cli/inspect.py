@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.options import Debug, Json, Layers, ModelFolder, Quiet, Revision, refuse_unfinished
+from compress.cli.options import Debug, Json, Layers, MemoryBudget, ModelFolder, Quiet, Revision, refuse_unfinished
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +39,7 @@ class Module:
 def inspect(
     model: ModelFolder,
     revision: Revision = None,
+    memory_budget: MemoryBudget = None,
     layers: Layers = False,
     check: Check = False,
     as_json: Json = False,
@@ -54,20 +55,25 @@ def inspect(
     from compress.errors import CheckpointError
 
     refuse_unfinished(model)
+    from compress.checkpoint.budget import parse_budget
     from compress.checkpoint.seal import read_seal
     from compress.checkpoint.source import find_source
 
-    source = find_source(model, revision)
+    budget = None if memory_budget is None else parse_budget(memory_budget, "--memory-budget")
+    source = find_source(model, revision, budget)
     if source.folder is not None:
         read_seal(source.folder)
     notes: list[str] = []
     architecture, specs = _understood(source, notes)
     modules = modules_in(source, architecture, specs, methods_of(source, specs))
     bad = bad_tensors(source, quiet) if check else None
+    stack = stack_facts(source, specs, check)
     if as_json:
-        print_json(to_dict(source, architecture, specs, modules, bad))
+        print_json({**to_dict(source, architecture, specs, modules, bad), "stack": stack})
     else:
-        _print(source, architecture, specs, modules, layers)
+        _print(source, architecture, specs, modules, layers, stack)
+    if stack is not None and stack["loss"] is not None:
+        notes.append(stack["loss"])
     if not quiet:
         for message in notes:
             note(f"note: {message}")
@@ -95,6 +101,28 @@ def _understood(source: Source, notes: list[str]) -> tuple[Architecture | None, 
     except CompressError as error:
         notes.append(str(error))
     return architecture, specs
+
+
+def stack_facts(source: Source, specs: dict[str, ModuleSpec], check: bool) -> dict[str, Any] | None:
+    """Of a stack in a folder: the sizes that it loads at, and what of it is looked at; `check`: held to its checksums."""
+    from compress.checkpoint.headers import read_base_headers
+    from compress.checkpoint.stack import stack_of
+
+    if source.folder is None or not any(spec.n_levels > 1 or spec.scales_rows for spec in specs.values()):
+        return None
+    table = stack_of(source.folder, read_base_headers(source.folder))
+    if table is None:
+        return None
+    if check:
+        for _ in table.read(0, table.available):
+            pass
+    n = sum(spec.n_levels - 1 for name, spec in specs.items() if name in table.specs)
+    return {
+        "minimum": table.minimum, "maximum": table.maximum, "bytes": table.nbytes(n), "bits_per_weight": table.bits(n),
+        "bits_per_weight_minimum": table.bits(0), "bits_per_weight_maximum": table.bits(len(table.entries)),
+        "blocks": n, "blocks_available": table.available, "blocks_all": len(table.entries), "order": table.order,
+        "files": [{"name": file.name, "bytes": file.nbytes} for file in table.files], "loss": table.loss,
+    }  # fmt: skip
 
 
 def methods_of(source: Source, specs: dict[str, ModuleSpec]) -> dict[str, str]:
@@ -248,6 +276,7 @@ def _print(
     specs: dict[str, ModuleSpec],
     modules: dict[str, Module],
     one_each: bool,
+    stack: dict[str, Any] | None = None,
 ) -> None:
     from compress.cli.layers import alike
     from compress.cli.show import human_bytes, out, pairs, show, table
@@ -280,6 +309,19 @@ def _print(
         replaced = human_bytes(sum(modules[name].nbytes for name in specs))
         facts.append((f"{len(specs)} compressed layers", f"{replaced}, {mean_bits:.3f} bits per weight"))
     facts.append(("all tensors", human_bytes(total)))
+    if stack is not None:
+        sizes = (
+            (stack["minimum"], stack["bits_per_weight_minimum"]),
+            (stack["maximum"], stack["bits_per_weight_maximum"]),
+        )
+        smallest, largest = (f"{human_bytes(nbytes)} ({bits:.3f} bits per weight)" for nbytes, bits in sizes)
+        facts.append(
+            (
+                "stack",
+                f"{stack['blocks']} of {stack['blocks_all']} blocks, {stack['bits_per_weight']:.3f} bits per weight",
+            )
+        )
+        facts.append(("", f"loads at any size from {smallest} to {largest}"))
     on_disk = files_bytes(source)
     if on_disk is not None:
         facts.append(("all files", f"{human_bytes(on_disk)} on disk"))

@@ -39,6 +39,13 @@ def check_device(name: str) -> str:
     return name
 
 
+def check_arithmetic(name: str) -> dict[str, str]:
+    """The options of `compress.load` that --arithmetic stands for."""
+    if name not in ("int8", "float", "reference"):
+        raise RecipeError(f"--arithmetic {name}: choose int8, float or reference")
+    return {"kernels": "reference"} if name == "reference" else {"activations": name}
+
+
 class State:
     """What `--debug` says, for `main`, which prints the errors of every verb."""
 
@@ -75,8 +82,25 @@ ActivationMemory = Annotated[
         show_default=False,
     ),
 ]
+Arithmetic = Annotated[
+    str,
+    typer.Option(
+        "--arithmetic",
+        metavar="int8|float|reference",
+        help="quantized layers on a CPU: native kernels with activations rounded to int8, or kept as float; or torch alone",
+    ),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit on the Hub")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        metavar="SIZE",
+        help="of a stack (bitstack), as much as fits: 4.2GiB of all tensors, or 2.5bits per weight  [default: all]",
+        show_default=False,
+    ),
+]
 Layers = Annotated[bool, typer.Option("--layers", help="a row for each layer, instead of one for those that are alike")]
 IncludePath = Annotated[
     list[str] | None,

@@ -58,6 +58,21 @@ def layer_table(planned: Plan, one_each: bool) -> Any:
     return table(columns, rows)
 
 
+def _stack_lines(planned: Plan) -> list[str]:
+    """The sizes that the result can be loaded at, of a method that stacks."""
+    from compress.cli.show import human_bytes
+
+    stack = planned.to_dict()["stack"]
+    if stack is None:
+        return []
+    lines = [f"loads at any size from {human_bytes(stack['minimum'])} to {human_bytes(stack['maximum'])}"]
+    return lines + [
+        f"level {level['level']}: {human_bytes(level['bytes'])} in {level['layers']} layers, "
+        f"{level['bits_per_weight']:.3f} bits per weight so far"
+        for level in stack["levels"]
+    ]
+
+
 def short(planned: Plan) -> Any:
     """The plan in a few lines."""
     from compress.cli.show import human_bytes, human_time, pairs, percent
@@ -84,6 +99,7 @@ def short(planned: Plan) -> Any:
     if planned.layers:
         replaced = change(planned.bytes_before, planned.bytes_after)
         rows.append(("replaced", f"{replaced}, {planned.bits_per_weight:.3f} bits per weight"))
+    rows += [("stack", line) for line in _stack_lines(planned)]
     disk = f"{human_bytes(planned.bytes_kept)} of matrices until the run is finished, beside the result"
     rows += [
         ("all tensors", change(planned.bytes_total_before, planned.bytes_total_after)),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.calibration.store import Allowance, HiddenStates, embedded
+from compress.checkpoint.budget import Budget, parse_budget
 from compress.checkpoint.source import find_source
 from compress.checkpoint.stream import StreamedModel
 from compress.errors import CheckpointError, RecipeError
@@ -42,12 +43,14 @@ def evaluate(
     progress: Progress | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    memory_budget: Budget | str | int | None = None,
 ) -> dict[str, Any]:
     """Perplexity of `model` on a text, and KL and top-1 agreement with `reference` where one is given.
 
     Args:
         model, reference: folders or Hub ids, original or compressed; they must share a tokenizer.
         settings: the text and the windows; by default the shipped held-out text.
+        memory_budget: of a stack, measure what fits: as `compress.load` has it.
 
     Returns: a dictionary for JSON (docs/report.schema.json): "text", "model", "size", with a reference also "reference",
         "fidelity" and "hidden_states", and "speed" if `settings` ask for it.
@@ -57,13 +60,16 @@ def evaluate(
     from compress.recipe import Evaluation
 
     settings, machine, progress = settings or Evaluation(), machine or Machine(), progress or Silent()
-    source = find_source(str(model), revision)
+    budget = None if memory_budget is None else parse_budget(memory_budget)
+    source = find_source(str(model), revision, budget)
     other = None if reference is None else find_source(str(reference))
-    folder, reference_folder = source.fetch(), None if other is None else other.fetch()
+    folder, reference_folder = source.fetch(budget=budget), None if other is None else other.fetch()
     device, dtype = compute_device(machine), torch.float32
-    run = _Evaluation(settings, machine, progress, device, dtype, trust_remote_code)
+    run = _Evaluation(settings, machine, progress, device, dtype, trust_remote_code, budget)
     found = {**frame("evaluation"), **run(folder, reference_folder), "size": sizes(source, other)}
     if settings.speed:
+        if budget is not None:
+            raise RecipeError("--speed: measures a whole stack; leave out memory_budget, or speed")
         found["speed"] = measure_speed(
             folder, reference=reference_folder, machine=machine, progress=progress, trust_remote_code=trust_remote_code
         )
@@ -102,12 +108,14 @@ class _Evaluation:
         device: torch.device,
         dtype: torch.dtype,
         trust_remote_code: bool,
+        budget: Budget | None = None,
     ):
+        self.budget = budget  # of the model that is measured
         self.settings, self.machine, self.progress = settings, machine, progress
         self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
 
     def __call__(self, folder: Path, reference: Path | None) -> dict[str, Any]:
-        model = self._open(folder)
+        model = self._open(folder, self.budget)
         windows = self.windows(folder, model)
         text = {
             "data": list(self.settings.data),
@@ -146,8 +154,10 @@ class _Evaluation:
             "hidden_states": blocks,
         }
 
-    def _open(self, folder: Path) -> StreamedModel:
-        return StreamedModel(folder, self.dtype, self.device, trust_remote_code=self.trust_remote_code)
+    def _open(self, folder: Path, budget: Budget | None = None) -> StreamedModel:
+        return StreamedModel(
+            folder, self.dtype, self.device, trust_remote_code=self.trust_remote_code, budget=budget
+        )  # fmt: skip
 
     def _check_same_tokens(self, model: StreamedModel, reference: StreamedModel) -> None:
         if model.architecture.vocab_size != reference.architecture.vocab_size:

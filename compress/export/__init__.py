@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.checkpoint.budget import Budget
     from compress.pipeline.progress import Progress
 
 
@@ -25,6 +26,7 @@ class _Export(ModuleType):
         overwrite: bool = False,
         revision: str | None = None,
         progress: Progress | None = None,
+        memory_budget: Budget | str | int | None = None,
     ) -> dict[str, Any]:
         """Write a compressed checkpoint in another format, read it back, and say what was written.
 
@@ -35,6 +37,7 @@ class _Export(ModuleType):
             overwrite: discard an earlier export that `out` holds.
             revision: a branch, tag or commit on the Hub.
             progress: told what is going on.
+            memory_budget: of a stack, export what fits: as `compress.load` has it.
 
         Returns: what the command line prints with --json.
         Raises: RecipeError where the format cannot hold a layer, naming it and the formats that can, or `out` is taken;
@@ -42,7 +45,9 @@ class _Export(ModuleType):
         """
         from compress.export.run import export
 
-        return export(folder, format, out, overwrite=overwrite, revision=revision, progress=progress)
+        return export(
+            folder, format, out, overwrite=overwrite, revision=revision, progress=progress, memory_budget=memory_budget
+        )  # fmt: skip
 
 
 sys.modules[__name__].__class__ = _Export

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from compress.checkpoint.budget import Budget, parse_budget
 from compress.checkpoint.description import modules_of
 from compress.checkpoint.headers import read_json
 from compress.checkpoint.reader import TORCH_DTYPES
@@ -39,11 +40,13 @@ def export(
     overwrite: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
+    memory_budget: Budget | str | int | None = None,
 ) -> dict[str, Any]:
     """See `compress.export`."""
     progress = progress or Silent()
     format_ = find_format(format)
-    model = open_model(str(folder), revision)
+    budget = None if memory_budget is None else parse_budget(memory_budget)
+    model = open_model(str(folder), revision, budget)
     try:
         target = Path(out).expanduser() if out is not None else default_out(model, format)
         check_out(target, model.folder, overwrite)
@@ -59,12 +62,15 @@ def export(
     return _report(model, format, target, warnings, max(changes.values(), default=0.0), found)
 
 
-def open_model(name: str, revision: str | None = None) -> Model:
-    """A compressed checkpoint to be exported. Raises: RecipeError if nothing in it is compressed."""
-    source = find_source(name, revision)
-    folder = source.fetch()
+def open_model(name: str, revision: str | None = None, budget: Budget | None = None) -> Model:
+    """A compressed checkpoint to be exported; of a stack, what fits `budget`.
+
+    Raises: RecipeError if nothing in it is compressed.
+    """
+    source = find_source(name, revision, budget)
+    folder = source.fetch(budget=budget)
     config = read_json(folder / CONFIG)
-    reader = open_reader(folder, config)
+    reader = open_reader(folder, config, budget)
     with naming(name):
         specs = modules_of(config, reader.infos)
         structure = architecture_of(config, reader.infos.keys()).structure

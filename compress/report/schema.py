@@ -87,6 +87,7 @@ class Timed(Part):
     load_seconds: float
     bytes_in_memory: int = Field(description="parameters as loaded, packed where compressed")
     bytes_of_weight_files: int
+    arithmetic: str | None = Field(None, description="the native kernels of its quantized layers; null: torch alone")
     peak_resident_bytes: int = Field(description="the most memory the process had")
     resident_bytes_before: int = Field(description="the most it had before the model was loaded")
     peak_cuda_bytes: int | None = Field(description="the most memory allocated on the GPU; null on a CPU")
@@ -240,6 +241,23 @@ class Base(Part):
     commit: str | None
 
 
+class StackLevel(Part):
+    """What a level of a stack adds."""
+
+    level: int
+    layers: int = Field(description="that have this level")
+    bytes: int = Field(description="that it adds")
+    bits_per_weight: float = Field(description="of the stacked layers, this level and those before it counted")
+
+
+class Stack(Part):
+    """The sizes that a result can be loaded at."""
+
+    minimum: int = Field(description="bytes of all tensors with every layer at its first level")
+    maximum: int = Field(description="bytes of all tensors")
+    levels: list[StackLevel]
+
+
 class RunReport(Frame):
     """`compress_report.json`, the report of `compress run`."""
 
@@ -261,6 +279,7 @@ class RunReport(Frame):
     bits_per_weight: float = Field(description="of the replaced layers, everything that they store counted")
     bytes_total_before: int = Field(description="all tensors of the original")
     bytes_total_after: int = Field(description="all tensors of the result")
+    stack: Stack | None = Field(None, description="of a result that loads at any size")
     predicted_peak_bytes: int
     predicted_seconds: float
     warnings: list[str]
