@@ -41,7 +41,8 @@ int linear_of(const cc_weight* weight, const void* buffer, int64_t buffer_bytes,
   *a = Linear();
   a->codes = base;
   a->scales = base + l.scales_at;
-  a->zeros = weight->symmetric ? nullptr : base + l.zeros_at;
+  a->zeros = base + l.zeros_at;  // nothing is there if symmetric
+  a->symmetric = weight->symmetric != 0;
   a->x = static_cast<const uint16_t*>(o->x);
   a->hidden = static_cast<const uint16_t*>(o->hidden);
   a->bias = static_cast<const uint16_t*>(o->bias);

@@ -18,7 +18,7 @@ constexpr int X_BYTES = TOKENS * BLOCK * 2;  // a block of inputs of 8 tokens
 
 // The kernels' view of cc_weight and cc_operands.
 struct Linear {
-  const uint8_t *codes, *scales, *zeros;  // zeros: null if symmetric
+  const uint8_t *codes, *scales, *zeros;
   const uint16_t *x, *hidden, *bias;
   const uint8_t* left;
   uint16_t* out;
@@ -27,7 +27,7 @@ struct Linear {
   int32_t tokens, x_columns, rank, out_features;
   int32_t row_blocks, input_blocks, rank_blocks, n_groups, groups_per_block, blocks_per_group;
   int32_t splits;
-  bool scales_bf16;
+  bool symmetric, scales_bf16;
 };
 
 // Shared memory of a stage, for `rows` row blocks and `tokens` tokens: codes, x, scales, zeros. Scales of a group per row
@@ -155,13 +155,13 @@ CC_DEVICE void block_product(Sums<NT>& s, const Linear& a, const uint8_t* codes,
     uint32_t b[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; ++n) b[n][0] = v[n].x, b[n][1] = v[n].y;
-    step<T, BITS, NT>(s, words + (2 * h) * BITS, b, a.zeros != nullptr);
+    step<T, BITS, NT>(s, words + (2 * h) * BITS, b, !a.symmetric);
 #pragma unroll
     for (int n = 0; n < NT; ++n) b[n][0] = v[n].z, b[n][1] = v[n].w;
-    step<T, BITS, NT>(s, words + (2 * h + 1) * BITS, b, a.zeros != nullptr);
+    step<T, BITS, NT>(s, words + (2 * h + 1) * BITS, b, !a.symmetric);
     if (a.groups_per_block == 2 || (h == 1 && group_ends)) {
       const int group = a.groups_per_block == 2 ? h : 0;
-      close_group<BITS>(s, scales + group * SCALE_BYTES, zeros + group * ZERO_BYTES, a.zeros == nullptr, a.scales_bf16);
+      close_group<BITS>(s, scales + group * SCALE_BYTES, zeros + group * ZERO_BYTES, a.symmetric, a.scales_bf16);
     }
   }
 }

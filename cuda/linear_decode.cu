@@ -60,7 +60,7 @@ CC_DEVICE void issue(const Linear& a, const Stage& stage, DecodeSource<BITS, NT>
     }
   if (from.lane_scale < 8 * a.groups_per_block) {
     copy_or_zero(to + stage.scales_at + from.lane_scale * 16, from.scales + int64_t(from.walk.group) * SCALE_BYTES, true);
-    if (a.zeros) copy_8(to + stage.zeros_at + from.lane_scale * 8, from.zeros + int64_t(from.walk.group) * ZERO_BYTES);
+    if (!a.symmetric) copy_8(to + stage.zeros_at + from.lane_scale * 8, from.zeros + int64_t(from.walk.group) * ZERO_BYTES);
   }
   from.codes += block_bytes(BITS);
 #pragma unroll
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(DECODE_WARPS* LANES) decode_kernel(Linear a) {
   const int row_block = blockIdx.x, split = blockIdx.y;
   const int part = split * DECODE_WARPS + warp, parts = a.splits * DECODE_WARPS;
   const Range run = share(a.input_blocks, part, parts);
-  const Stage stage = stage_of(BITS, 1, NT * TOKENS, a.groups_per_block, a.zeros == nullptr);
+  const Stage stage = stage_of(BITS, 1, NT * TOKENS, a.groups_per_block, a.symmetric);
   uint8_t* const ring = shared + warp * STAGES<BITS> * stage.bytes;
   uint8_t* const ring_end = ring + STAGES<BITS> * stage.bytes;
   const uint64_t policy = read_once();
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(DECODE_WARPS* LANES) decode_kernel(Linear a) {
   }
   if (a.groups_per_block == 0)
     close_group<BITS>(s, a.scales + int64_t(row_block) * SCALE_BYTES + g * 16,
-                      a.zeros + int64_t(row_block) * ZERO_BYTES + g * 8, a.zeros == nullptr, a.scales_bf16);
+                      a.zeros + int64_t(row_block) * ZERO_BYTES + g * 8, a.symmetric, a.scales_bf16);
   if (a.left) low_rank<T, NT>(s, a, row_block, 0, share(a.rank_blocks, part, parts));
 
   block_barrier();  // the rings are free: the sums of all warps go there
@@ -133,7 +133,7 @@ static int decode(const Linear& a, void* stream) {
   static uint64_t allowed = 0;
   const int largest = DECODE_WARPS * STAGES<BITS> * stage_of(BITS, 1, NT * TOKENS, 2, false).bytes;
   const int sums = DECODE_WARPS * NT * TOKENS * SUM_STRIDE * int(sizeof(float));
-  const int ring = DECODE_WARPS * STAGES<BITS> * stage_of(BITS, 1, NT * TOKENS, a.groups_per_block, a.zeros == nullptr).bytes;
+  const int ring = DECODE_WARPS * STAGES<BITS> * stage_of(BITS, 1, NT * TOKENS, a.groups_per_block, a.symmetric).bytes;
   if (int error = allow_shared(decode_kernel<T, BITS, NT>, largest > sums ? largest : sums, &allowed)) return error;
   CC_LAUNCH((decode_kernel<T, BITS, NT>), dim3(unsigned(a.row_blocks), unsigned(a.splits)), dim3(DECODE_WARPS * LANES),
             ring > sums ? ring : sums, static_cast<cudaStream_t>(stream), a);

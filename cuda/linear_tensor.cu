@@ -63,7 +63,7 @@ CC_DEVICE void issue(const Linear& a, const Stage& stage, TensorSource& from, ui
     const int at = warp / TW * a.groups_per_block;
     copy_or_zero(to + stage.scales_at + at * SCALE_BYTES + lane * 16,
                  from.scales + int64_t(from.walk.group) * SCALE_BYTES, true);
-    if (a.zeros)
+    if (!a.symmetric)
       copy_8(to + stage.zeros_at + at * ZERO_BYTES + lane * 8, from.zeros + int64_t(from.walk.group) * ZERO_BYTES);
   }
   from.codes += block_bytes(BITS);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(ROW_WARPS* TW* LANES) tensor_kernel(Linear a) 
   const int first_row_block = blockIdx.x * ROW_WARPS, split = blockIdx.y, first_token = blockIdx.z * TW * WARP_TOKENS;
   const int row_block = min(first_row_block + row_warp, a.row_blocks - 1);  // the last warps may do the last rows again
   const Range run = share(a.input_blocks, split, a.splits);
-  const Stage stage = stage_of(BITS, ROW_WARPS, TW * WARP_TOKENS, a.groups_per_block, a.zeros == nullptr);
+  const Stage stage = stage_of(BITS, ROW_WARPS, TW * WARP_TOKENS, a.groups_per_block, a.symmetric);
   uint8_t* const ring_end = shared + STAGES<BITS> * stage.bytes;
   const uint64_t policy = read_once();
   TensorSource from = tensor_source<BITS, TW>(a, stage, row_block, first_token, run.begin);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(ROW_WARPS* TW* LANES) tensor_kernel(Linear a) 
   }
   if (a.groups_per_block == 0)
     close_group<BITS>(s, a.scales + int64_t(row_block) * SCALE_BYTES + g * 16,
-                      a.zeros + int64_t(row_block) * ZERO_BYTES + g * 8, a.zeros == nullptr, a.scales_bf16);
+                      a.zeros + int64_t(row_block) * ZERO_BYTES + g * 8, a.symmetric, a.scales_bf16);
   const int warp_token = first_token + token_warp * WARP_TOKENS;
   if (a.left) low_rank<T, NT>(s, a, row_block, warp_token, share(a.rank_blocks, split, a.splits));
 
@@ -138,7 +138,7 @@ template <class T, int BITS, int TW>
 static int tensor(const Linear& a, void* stream) {
   static uint64_t allowed = 0;
   const int largest = STAGES<BITS> * stage_of(BITS, ROW_WARPS, TW * WARP_TOKENS, 2, false).bytes;
-  const int ring = STAGES<BITS> * stage_of(BITS, ROW_WARPS, TW * WARP_TOKENS, a.groups_per_block, a.zeros == nullptr).bytes;
+  const int ring = STAGES<BITS> * stage_of(BITS, ROW_WARPS, TW * WARP_TOKENS, a.groups_per_block, a.symmetric).bytes;
   static_assert(ROW_WARPS * TW * TOKENS * OUT_STRIDE * 4 <= STAGES<BITS> * (TW * WARP_TOKENS * BLOCK * 2 + 4 * 1024), "ring");
   if (int error = allow_shared(tensor_kernel<T, BITS, TW>, largest, &allowed)) return error;
   const dim3 grid(unsigned(ceil_div(a.row_blocks, ROW_WARPS)), unsigned(a.splits),

@@ -2,6 +2,7 @@
 
 #include "emulation.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <vector>
@@ -24,7 +25,9 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // how it begins; from then on it jumps, which takes no system calls
+  jmp_buf parked;
+  bool begun;
   std::vector<char> stack;
   Index index;
   bool done;
@@ -46,7 +49,7 @@ struct Warp {
 std::vector<Fiber*> fibers;
 std::vector<Warp> warps;
 std::vector<unsigned char> shared;
-ucontext_t scheduler;
+jmp_buf scheduler;
 const std::function<void()>* kernel;
 size_t current;
 int barrier_arrived, n_threads;
@@ -56,7 +59,17 @@ uint64_t progress;  // counts what lets a parked fiber go on
 Fiber& fiber() { return *fibers[current]; }
 Warp& warp() { return warps[current / WARP]; }
 
-void park() { swapcontext(&fiber().context, &scheduler); }
+void park() {
+  if (!_setjmp(fiber().parked)) _longjmp(scheduler, 1);
+}
+
+// Runs the current fiber until it parks or is done.
+__attribute__((noinline)) void resume() {
+  if (_setjmp(scheduler)) return;
+  if (fiber().begun) _longjmp(fiber().parked, 1);
+  fiber().begun = true;
+  setcontext(&fiber().context);
+}
 
 void run() {
   (*kernel)();
@@ -67,6 +80,7 @@ void run() {
   if (!f.open.empty()) fail("a copy that was never committed");
   f.done = true;
   ++progress;
+  _longjmp(scheduler, 1);
 }
 
 // Parks until all lanes of the warp have come to the same instruction; the last one carries it out.
@@ -103,14 +117,14 @@ void run_block() {
   std::fill(shared.begin(), shared.end(), 0xff);
   for (int i = 0; i < n_threads; ++i) {
     Fiber& f = *fibers[i];
-    f.done = false;
+    f.done = f.begun = false;
     f.groups.clear();
     f.open.clear();
     f.index = {i % block_shape.x, i / block_shape.x % block_shape.y, i / block_shape.x / block_shape.y};
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data();
     f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = &scheduler;
+    f.context.uc_link = nullptr;
     makecontext(&f.context, run, 0);
   }
   warps.assign((n_threads + WARP - 1) / WARP, Warp());
@@ -123,7 +137,7 @@ void run_block() {
       if (fiber().done) continue;
       all = false;
       thread_index = fiber().index;
-      swapcontext(&scheduler, &fiber().context);
+      resume();
     }
     if (!all && progress == before) fail("threads wait for each other for ever");
   }

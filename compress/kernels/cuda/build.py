@@ -120,7 +120,22 @@ def build_emulation(library: Path, *flags: str) -> Path:
     source = str(folder / "emulate" / "all.cpp")
     library.parent.mkdir(parents=True, exist_ok=True)
     partial = library.with_suffix(f".{os.getpid()}.part")
-    _run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *warnings, *names, *flags, source, "-o", str(partial)])
+    _run(
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-U_FORTIFY_SOURCE",
+            "-shared",
+            "-fPIC",
+            *warnings,
+            *names,
+            *flags,
+            source,
+            "-o",
+            str(partial),
+        ]
+    )
     os.replace(partial, library)
     return library
 
