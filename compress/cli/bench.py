@@ -7,13 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli.options import (
+    Arithmetic,
     Debug,
     Device,
     Json,
-    ModelFolder,
     Quiet,
     RemoteCode,
     Revision,
+    check_arithmetic,
     check_device,
     refuse_unfinished,
 )
@@ -38,11 +39,30 @@ Dtype = Annotated[
     str, typer.Option("--dtype", help="of what is not packed, and of the arithmetic: auto (as stored), float32, …")
 ]
 Attention = Annotated[str | None, typer.Option("--attention", help="sdpa, eager, …, as transformers names them")]
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="a folder, a Hub id or `shipped`; original or compressed; not with --kernels"),
+]
+Kernels = Annotated[
+    bool,
+    typer.Option("--kernels", help="time the compiled operations instead of a model, beside what the processor can do"),
+]
+
+
+def _list(flag: str, metavar: str, what: str) -> Any:
+    return typer.Option(flag, metavar=metavar, help=f"with --kernels: {what}", show_default=False)
+
+
+Shapes = Annotated[str | None, _list("--shapes", "OUTxIN,…", "of the weights  [default: 4096x4096]")]
+Tokens = Annotated[str | None, _list("--tokens", "N,…", "in a call  [default: 1,16]")]
+Bits = Annotated[str | None, _list("--bits", "N,…", "of the weights  [default: 2,3,4,8]")]
+GroupSizes = Annotated[str | None, _list("--group-sizes", "N,…", "inputs that share a scale, -1: all  [default: 128]")]
+Threads = Annotated[str | None, _list("--threads", "N,…", "to run on  [default: 1]")]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def bench(
-    model: ModelFolder,
+    model: Model = None,
     reference: Reference = None,
     prompt_tokens: PromptTokens = None,
     new_tokens: NewTokens = 64,
@@ -50,6 +70,13 @@ def bench(
     repeats: Repeats = 5,
     dtype: Dtype = "auto",
     attention: Attention = None,
+    arithmetic: Arithmetic = "int8",
+    kernels: Kernels = False,
+    shapes: Shapes = None,
+    tokens: Tokens = None,
+    bits: Bits = None,
+    group_sizes: GroupSizes = None,
+    threads: Threads = None,
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
@@ -58,6 +85,8 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time prefill and decode of a model, and weigh it, beside the original. The whole model must fit into memory.
+
+    With --kernels: time the compiled operations, beside what this processor can do.
 
     \b
     Example:  compress bench out/demo --reference shipped
@@ -68,11 +97,25 @@ def bench(
     from compress.evaluation.speed import SpeedSettings, measure_speed
     from compress.pipeline.run import Machine
 
+    sizes = {"shapes": shapes, "tokens": tokens, "bits": bits, "group_sizes": group_sizes, "threads": threads}
+    if kernels:
+        from compress.cli.bench_kernels import bench_kernels
+
+        if model is not None or reference is not None:
+            raise RecipeError("--kernels times operations, not a model: leave out MODEL and --reference")
+        bench_kernels(sizes, repeats, as_json, quiet)
+        return
+    for name, value in sizes.items():
+        if value is not None:
+            raise RecipeError(f"--{name.replace('_', '-')} goes with --kernels")
+    if model is None:
+        raise RecipeError("bench: name a MODEL to time, or --kernels for the compiled operations")
     for folder in filter(None, (model, reference)):
         refuse_unfinished(folder)
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: not a dtype that is used here; choose {', '.join(DTYPES)}")
-    settings = SpeedSettings(prompt_tokens, new_tokens, batch_size, repeats, dtype, attention)
+    check_arithmetic(arithmetic)
+    settings = SpeedSettings(prompt_tokens, new_tokens, batch_size, repeats, dtype, attention, arithmetic)
     with Display(quiet) as display:
         found = measure_speed(
             model,
@@ -129,9 +172,17 @@ def show_speed(found: dict[str, Any]) -> None:
                 ),
                 ("figures", spread + (", the models in turns" if "reference" in found else "")),
                 ("on", described_machine(machine)),
+                *_runs_on(found),
             ]
         )
     )
+
+
+def _runs_on(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What runs the quantized layers of each model that has some on native kernels."""
+    names = {"reference": "original", "model": "model"}
+    said = {role: found[role].get("arithmetic") for role in names if role in found}
+    return [(f"quantized layers, {names[role]}", words) for role, words in said.items() if words]
 
 
 def described_machine(machine: dict[str, Any]) -> str:
