@@ -43,6 +43,12 @@ class Weight(Structure):
     ]
 
 
+class SignBlock(Structure):
+    """ck_sign_block."""
+
+    _fields_ = [("signs", c_void_p), ("left", c_void_p), ("right", c_void_p), ("rank", c_int64)]
+
+
 # name -> (what it returns, what it takes): compress_kernels.h. Another family of kernels adds its functions here.
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "ck_abi_version": (c_int32, ()),
@@ -73,6 +79,23 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
         (
             c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int32, c_void_p, c_int64, c_float, c_void_p, c_int64,
             c_void_p, c_int64, c_int32,
+        ),
+    ),
+    "ck_sign_planes_workspace": (c_int64, (c_int64, c_int64)),
+    "ck_sign_planes_linear": (
+        c_int,
+        (
+            POINTER(SignBlock), c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32,
+            c_void_p, c_int64, c_int32, c_void_p, c_int64, c_int32,
+        ),
+    ),
+    "ck_sign_planes_rows_workspace": (c_int64, (POINTER(SignBlock), c_int64, c_int64, c_int64)),
+    "ck_sign_planes_factors": (c_int, (POINTER(SignBlock), c_int64, c_int64, c_int64, c_void_p, c_int64, c_int32)),
+    "ck_sign_planes_rows": (
+        c_int,
+        (
+            POINTER(SignBlock), c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int64, c_void_p,
+            c_int64, c_int32,
         ),
     ),
     "ck_roofline_read": (c_int, (c_void_p, c_int64, c_int32, POINTER(c_uint64))),

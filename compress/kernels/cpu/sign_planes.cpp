@@ -53,10 +53,19 @@ SignPlanesCall call_of(const ck_sign_block* blocks, int64_t n_blocks, int64_t ou
   return call;
 }
 
-int64_t all_ranks(const ck_sign_block* blocks, int64_t n_blocks) {
-  int64_t n = 0;
-  for (int64_t b = 0; b < n_blocks; b++) n += blocks[b].rank;
-  return n;
+// What the rows of a weight are rebuilt from, in a workspace of `bytes`.
+struct RowsCall { SignPlanesCall call; int64_t bytes; };
+
+RowsCall rows_call(const ck_sign_block* blocks, int64_t n_blocks, int64_t out_features, int64_t in_features,
+                   const void* scale, void* workspace) {
+  SignPlanesCall call = call_of(blocks, n_blocks, out_features, in_features, scale);
+  for (int64_t b = 0; b < n_blocks; b++) call.all_ranks += blocks[b].rank;
+  const int64_t inner_bytes = call.all_ranks * round_up(in_features, ck::STRIPE) * 4;
+  if (workspace) {
+    call.inner = static_cast<float*>(workspace);
+    call.outer = reinterpret_cast<float*>(static_cast<char*>(workspace) + inner_bytes);
+  }
+  return {call, inner_bytes + call.all_ranks * out_features * 4};
 }
 
 void one_token(SignPlanesCall& call, const ck::SignPlanesKernels* kernels, bool words, int thread, int n) {
@@ -131,25 +140,25 @@ extern "C" int ck_sign_planes_linear(const ck_sign_block* blocks, int64_t n_bloc
   return CK_OK;
 }
 
-extern "C" int64_t ck_sign_planes_rows_workspace(const ck_sign_block* blocks, int64_t n_blocks, int64_t in_features) {
-  const int status = check(blocks, n_blocks, 1, in_features, 1);
-  return status ? status : all_ranks(blocks, n_blocks) * round_up(in_features, 2 * ck::LANES) * 4;
+extern "C" int64_t ck_sign_planes_rows_workspace(const ck_sign_block* blocks, int64_t n_blocks, int64_t out_features,
+                                                 int64_t in_features) {
+  const int status = check(blocks, n_blocks, out_features, in_features, 1);
+  return status ? status : rows_call(blocks, n_blocks, out_features, in_features, nullptr, nullptr).bytes;
 }
 
-extern "C" int ck_sign_planes_inner(const ck_sign_block* blocks, int64_t n_blocks, int64_t in_features, void* workspace,
-                                    int64_t workspace_bytes, int32_t n_threads) {
-  const int status = check(blocks, n_blocks, 1, in_features, n_threads);
+extern "C" int ck_sign_planes_factors(const ck_sign_block* blocks, int64_t n_blocks, int64_t out_features,
+                                      int64_t in_features, void* workspace, int64_t workspace_bytes, int32_t n_threads) {
+  const int status = check(blocks, n_blocks, out_features, in_features, n_threads);
   if (status) return status;
   if (!workspace) return CK_ERR_NULL;
   if (!aligned(workspace, 64)) return CK_ERR_ALIGNMENT;
-  if (workspace_bytes < ck_sign_planes_rows_workspace(blocks, n_blocks, in_features)) return CK_ERR_BYTES;
-  SignPlanesCall call = call_of(blocks, n_blocks, 1, in_features, nullptr);
-  call.padded_inputs = round_up(in_features, 2 * ck::LANES);
-  call.inner = static_cast<float*>(workspace);
-  const int64_t n_squares = call.padded_inputs / ck::LANES;
-  parallel(int(min64(n_threads, n_squares)), [&](int thread, int n) {
-    const Range mine = share(n_squares, thread, n);
-    kernels_of(ck_isa_current())->inner(call, mine.begin * ck::LANES, mine.end * ck::LANES);
+  const RowsCall rows = rows_call(blocks, n_blocks, out_features, in_features, nullptr, workspace);
+  if (workspace_bytes < rows.bytes) return CK_ERR_BYTES;
+  const ck::SignPlanesKernels* kernels = kernels_of(ck_isa_current());
+  parallel(n_threads, [&](int thread, int n) {
+    const Range stripes = share(ceil_div(in_features, ck::STRIPE), thread, n), mine = share(out_features, thread, n);
+    kernels->inner(rows.call, stripes.begin, stripes.end);
+    kernels->outer(rows.call, mine.begin, mine.end);
   });
   return CK_OK;
 }
@@ -166,17 +175,16 @@ extern "C" int ck_sign_planes_rows(const ck_sign_block* blocks, int64_t n_blocks
   if (!dense || !workspace) return CK_ERR_NULL;
   if (!aligned(workspace, 64)) return CK_ERR_ALIGNMENT;
   if (dense_stride < in_features) return CK_ERR_STRIDE;
-  if (workspace_bytes < ck_sign_planes_rows_workspace(blocks, n_blocks, in_features)) return CK_ERR_BYTES;
-  SignPlanesCall call = call_of(blocks, n_blocks, out_features, in_features, scale);
-  call.padded_inputs = round_up(in_features, 2 * ck::LANES);
-  call.inner = const_cast<float*>(static_cast<const float*>(workspace));  // read only
-  call.dense = dense;
-  call.dense_dtype = dense_dtype;
-  call.dense_stride = dense_stride;
-  call.first_row = first_row;
+  RowsCall rows = rows_call(blocks, n_blocks, out_features, in_features, scale, const_cast<void*>(workspace));  // read only
+  if (workspace_bytes < rows.bytes) return CK_ERR_BYTES;
+  rows.call.dense = dense;
+  rows.call.dense_dtype = dense_dtype;
+  rows.call.dense_stride = dense_stride;
+  rows.call.first_row = first_row;
+  const ck::SignPlanesKernels* kernels = kernels_of(ck_isa_current());
   parallel(int(min64(n_threads, n_rows)), [&](int thread, int n) {
     const Range mine = share(n_rows, thread, n);
-    kernels_of(ck_isa_current())->rows(call, first_row + mine.begin, first_row + mine.end);
+    kernels->rows(rows.call, first_row + mine.begin, first_row + mine.end);
   });
   return CK_OK;
 }

@@ -17,6 +17,7 @@ namespace ck {
 
 constexpr int LANES = 16;     // ranks worked on at a time
 constexpr int COLUMNS = 64;   // inputs of a tile
+constexpr int STRIPE = 2 * LANES;  // columns whose right factors lie together
 constexpr int ROWS = 32;      // rows worked on at a time by words
 constexpr int FLOAT_TABLES = COLUMNS / 4, WORD_TABLES = 13;  // of a tile; words: 4 x 3 of five inputs, one of the four left over
 constexpr int64_t FLOAT_TILE = FLOAT_TABLES * 16 * LANES;    // floats
@@ -39,8 +40,9 @@ struct SignPlanesCall {
   float* factors;         // words: [rows / ROWS][LANES][ROWS], the left factor; floats: sums [out][LANES]
   float* y;               // [out rounded up to ROWS]
 
-  float* inner;           // rows: right factors [block][rank][padded in]
-  int64_t padded_inputs;
+  float* inner;           // rows: right factors [stripe of columns][all ranks][STRIPE]
+  float* outer;           // left factors [row][all ranks]
+  int64_t all_ranks;
   void* dense;
   int32_t dense_dtype;
   int64_t dense_stride, first_row;
@@ -52,7 +54,8 @@ struct SignPlanesKernels {
   void (*word_tables)(const SignPlanesCall& call, int64_t first_tile, int64_t end_tile);  // null: has no such form
   void (*word_factors)(const SignPlanesCall& call, int64_t first_group, int64_t end_group);  // groups of ROWS rows
   void (*word_rows)(const SignPlanesCall& call, int64_t first_group, int64_t end_group);
-  void (*inner)(const SignPlanesCall& call, int64_t first_column, int64_t end_column);  // multiples of LANES
+  void (*inner)(const SignPlanesCall& call, int64_t first_stripe, int64_t end_stripe);
+  void (*outer)(const SignPlanesCall& call, int64_t first_row, int64_t end_row);
   void (*rows)(const SignPlanesCall& call, int64_t first_row, int64_t end_row);
 };
 

@@ -154,7 +154,7 @@ void word_rows(const SignPlanesCall& call, int64_t first_group, int64_t end_grou
 
 const ck::SignPlanesKernels* ck::sign_planes_avx512() {
   static const SignPlanesKernels kernels = {
-      float_tables<Avx512>, float_rows<Avx512>, word_tables, word_factors, word_rows, inner_factors<Avx512>,
-      rebuilt_rows<Avx512, 6, 2>};
+      float_tables<Avx512>, float_rows<Avx512>, word_tables, word_factors, word_rows,
+      inner_factors<Avx512>, outer_factors<Avx512>, rebuilt_rows<Avx512, 6, 2>};
   return &kernels;
 }

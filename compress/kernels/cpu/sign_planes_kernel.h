@@ -11,10 +11,12 @@ namespace {
 using ck::COLUMNS;
 using ck::LANES;
 using ck::SignPlanesCall;
+using ck::STRIPE;
 
 CK_INLINE uint64_t sign_word(const uint8_t* row, int64_t byte, int64_t row_bytes) {  // 8 bytes; 0 behind the row's end
   uint64_t word = 0;
-  memcpy(&word, row + byte, size_t(min64(8, row_bytes - byte)));
+  if (byte + 8 <= row_bytes) memcpy(&word, row + byte, 8);
+  else memcpy(&word, row + byte, size_t(row_bytes - byte));
   return word;
 }
 
@@ -63,12 +65,8 @@ void float_rows(const SignPlanesCall& call, int64_t first_row, int64_t end_row) 
   for (int64_t i = first_row; i < end_row; i++) V::store(call.factors + i * LANES, V::broadcast(0.0f));
   for (int64_t tile = 0; tile < n_tiles; tile++) {  // the tables of a tile stay in the first-level cache
     const float* tables = static_cast<const float*>(call.tables) + tile * ck::FLOAT_TILE;
-    const bool whole = tile * 8 + 8 <= call.row_bytes;
     for (int64_t i = first_row; i < end_row; i++) {
-      const uint8_t* row = call.signs + i * call.row_bytes;
-      uint64_t word;
-      if (whole) memcpy(&word, row + tile * 8, 8);
-      else word = sign_word(row, tile * 8, call.row_bytes);
+      uint64_t word = sign_word(call.signs + i * call.row_bytes, tile * 8, call.row_bytes);
       Floats even = V::floats(call.factors + i * LANES), odd = V::broadcast(0.0f);
       for (int table = 0; table < ck::FLOAT_TABLES; table += 2) {
         even = V::add(even, V::floats(tables + table * 16 * LANES + (word & 15) * LANES));
@@ -88,25 +86,45 @@ void float_rows(const SignPlanesCall& call, int64_t first_row, int64_t end_row) 
   }
 }
 
-// Right factors of all blocks, transposed: [rank][padded in], zeros behind the inputs.
+// Right factors of all blocks, transposed: [columns / STRIPE][rank of a block][STRIPE], zeros behind the inputs.
 template <class V>
 void inner_factors(const SignPlanesCall& call, int64_t first, int64_t end) {
-  float* to = call.inner;
-  for (int64_t b = 0; b < call.n_blocks; b++) {
-    const ck_sign_block& block = call.blocks[b];
-    const uint16_t* right = static_cast<const uint16_t*>(block.right);
-    for (int64_t c0 = 0; c0 < block.rank; c0 += LANES) {
-      const int n = int(min64(LANES, block.rank - c0));
-      for (int64_t j0 = first; j0 < end; j0 += LANES) {
-        alignas(64) float square[LANES * LANES];
-        for (int i = 0; i < LANES; i++)
-          V::store(square + i * LANES, j0 + i < call.in_features ? ranks_of<V>(right, j0 + i, block.rank, c0, n)
-                                                                 : V::broadcast(0.0f));
+  for (int64_t stripe = first; stripe < end; stripe++) {
+    float* to = call.inner + stripe * call.all_ranks * STRIPE;
+    for (int64_t b = 0; b < call.n_blocks; b++) {
+      const ck_sign_block& block = call.blocks[b];
+      const uint16_t* right = static_cast<const uint16_t*>(block.right);
+      for (int64_t c0 = 0; c0 < block.rank; c0 += LANES) {
+        const int n = int(min64(LANES, block.rank - c0));
+        alignas(64) float square[STRIPE][LANES];
+        for (int i = 0; i < STRIPE; i++) {
+          const int64_t j = stripe * STRIPE + i;
+          V::store(square[i], j < call.in_features ? ranks_of<V>(right, j, block.rank, c0, n) : V::broadcast(0.0f));
+        }
         for (int c = 0; c < n; c++)
-          for (int i = 0; i < LANES; i++) to[(c0 + c) * call.padded_inputs + j0 + i] = square[i * LANES + c];
+          for (int i = 0; i < STRIPE; i++) to[c * STRIPE + i] = square[i][c];
+        to += n * STRIPE;
       }
     }
-    to += block.rank * call.padded_inputs;
+  }
+}
+
+// Left factors as floats: [row][all ranks of all blocks].
+template <class V>
+void outer_factors(const SignPlanesCall& call, int64_t first, int64_t end) {
+  for (int64_t i = first; i < end; i++) {
+    float* to = call.outer + i * call.all_ranks;
+    for (int64_t b = 0; b < call.n_blocks; b++) {
+      const ck_sign_block& block = call.blocks[b];
+      const uint16_t* left = static_cast<const uint16_t*>(block.left);
+      for (int64_t c0 = 0; c0 < block.rank; c0 += LANES) {
+        const int n = int(min64(LANES, block.rank - c0));
+        alignas(64) float ranks[LANES];
+        V::store(ranks, ranks_of<V>(left, i, block.rank, c0, n));
+        memcpy(to, ranks, size_t(n) * 4);
+        to += n;
+      }
+    }
   }
 }
 
@@ -116,30 +134,25 @@ CK_INLINE void rebuilt_tile(const SignPlanesCall& call, int64_t row, int64_t col
   Floats total[R][C];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < C; v++) total[r][v] = V::broadcast(0.0f);
-  const float* inner = call.inner + column;
+  const float* inner = call.inner + column / STRIPE * call.all_ranks * STRIPE + column % STRIPE;
+  const float* outer = call.outer + row * call.all_ranks;
   for (int64_t b = 0; b < call.n_blocks; b++) {
     const ck_sign_block& block = call.blocks[b];
-    const uint16_t* left = static_cast<const uint16_t*>(block.left) + row * block.rank;
     Floats term[R][C];
     for (int r = 0; r < R; r++)
       for (int v = 0; v < C; v++) term[r][v] = V::broadcast(0.0f);
-    for (int64_t c0 = 0; c0 < block.rank; c0 += LANES) {
-      const int n = int(min64(LANES, block.rank - c0));
-      alignas(64) float outer[R][LANES];
-      for (int r = 0; r < R; r++) V::store(outer[r], ranks_of<V>(left, r, block.rank, c0, n));
-      for (int c = 0; c < n; c++) {
-        Floats columns[C];
-        for (int v = 0; v < C; v++) columns[v] = V::floats(inner + v * LANES);
-        inner += call.padded_inputs;
-        for (int r = 0; r < R; r++) {
-          const Floats factor = V::broadcast(outer[r][c]);
-          for (int v = 0; v < C; v++) term[r][v] = V::fmadd(factor, columns[v], term[r][v]);
-        }
+    for (int64_t c = 0; c < block.rank; c++) {
+      Floats columns[C];
+      for (int v = 0; v < C; v++) columns[v] = V::floats(inner + v * LANES);
+      for (int r = 0; r < R; r++) {
+        const Floats factor = V::broadcast(outer[r * call.all_ranks]);
+        for (int v = 0; v < C; v++) term[r][v] = V::fmadd(factor, columns[v], term[r][v]);
       }
+      inner += STRIPE;
+      outer++;
     }
     for (int r = 0; r < R; r++) {
-      const uint8_t* signs = block.signs + (row + r) * call.row_bytes;
-      const uint64_t word = sign_word(signs, column / 8, call.row_bytes);
+      const uint64_t word = sign_word(block.signs + (row + r) * call.row_bytes, column / 8, call.row_bytes);
       for (int v = 0; v < C; v++)
         total[r][v] = V::sub(total[r][v], flip_positive(term[r][v], uint32_t(word >> (16 * v)) & 0xffff));
     }
@@ -164,16 +177,17 @@ CK_INLINE void rebuilt_tile(const SignPlanesCall& call, int64_t row, int64_t col
   }
 }
 
+constexpr int64_t PANEL = 512;  // columns: their right factors stay in the caches while all rows pass
+
 template <class V, int R, int C>
 void rebuilt_rows(const SignPlanesCall& call, int64_t first, int64_t end) {
-  constexpr int64_t STRIPE = 512;  // columns: their right factors stay in the caches while all rows pass
-  for (int64_t stripe = 0; stripe < call.in_features; stripe += STRIPE) {
-    const int64_t stop = min64(stripe + STRIPE, call.in_features);
+  for (int64_t panel = 0; panel < call.in_features; panel += PANEL) {
+    const int64_t stop = min64(panel + PANEL, call.in_features);
     int64_t row = first;
     for (; row + R <= end; row += R)
-      for (int64_t j = stripe; j < stop; j += C * LANES) rebuilt_tile<V, R, C>(call, row, j);
+      for (int64_t j = panel; j < stop; j += C * LANES) rebuilt_tile<V, R, C>(call, row, j);
     for (; row < end; row++)
-      for (int64_t j = stripe; j < stop; j += C * LANES) rebuilt_tile<V, 1, C>(call, row, j);
+      for (int64_t j = panel; j < stop; j += C * LANES) rebuilt_tile<V, 1, C>(call, row, j);
   }
 }
 
