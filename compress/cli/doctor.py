@@ -70,7 +70,7 @@ def examine(offline: bool) -> Iterator[Finding]:
     yield _python()
     yield from _versions()
     looks: tuple[Callable[[], Finding], ...] = (
-        _torch, _transformers, _shipped_model, _memory, _disk, lambda: _hub(offline), _kernels, _compilers,
+        _torch, _transformers, _shipped_model, _memory, _disk, lambda: _hub(offline), _kernels, _cuda_kernels, _compilers,
     )  # fmt: skip
     for look in looks:
         yield look()
@@ -258,11 +258,37 @@ def _unreachable(address: str) -> str | None:
 
 
 def _kernels() -> Finding:
-    return Finding("kernels", "ok", "references in torch, on any device; this version has no compiled ones")
+    try:
+        from compress.kernels import native
+        from compress.kernels.buffers import huge_pages_possible
+        from compress.kernels.build import COMMAND
+
+        absent = native.absent()
+        if absent is not None:
+            remedy = "unset COMPRESS_KERNELS" if "COMPRESS_KERNELS=" in absent else absent.rpartition(": ")[2]
+            return Finding("kernels", "note", f"references in torch, slow: {absent}", remedy)
+        isas, current = native.isas(), native.current_isa()
+    except Exception as error:
+        return Finding("kernels", "note", f"references in torch, slow: {error}", "see the remedies above")
+    pages = "pages of 2 MB are asked for" if huge_pages_possible() else "pages of 4 KB only"
+    found = f"compiled: {current} of {', '.join(isas)}; {pages}; activations rounded to 8 bits cost about 1 % (docs/kernels.md)"
+    if native.stale():
+        return Finding("kernels", "note", f"{found}; older than the sources beside it", COMMAND)
+    return Finding("kernels", "ok", found)
+
+
+def _cuda_kernels() -> Finding:
+    try:
+        from compress.kernels.cuda.status import report, this_machine
+
+        status, found, remedy = report(this_machine())
+    except Exception as error:
+        return Finding("cuda kernels", "note", f"references in torch: {error}", "see the remedies above")
+    return Finding("cuda kernels", status, found, remedy)
 
 
 def _compilers() -> Finding:
     names = ("c++", "g++", "clang++", "cmake", "nvcc")
     found = {name: shutil.which(name) for name in names}
     present = [name for name, path in found.items() if path] or ["none"]
-    return Finding("compilers", "ok", f"{', '.join(present)} (not needed by this version)")
+    return Finding("compilers", "ok", f"{', '.join(present)} (c++ and cmake build the kernels of the CPU, nvcc those of GPUs)")
