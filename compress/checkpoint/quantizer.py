@@ -88,6 +88,7 @@ class CompressQuantizer(HfQuantizer):
     complete = True  # the head is there: what is saved can be loaded again
     stack: StackTable | None = None  # of what is loaded behind the index's tensors …
     n_entries = 0  # … so many entries
+    saved_names: Mapping[str, str] = {}  # names on disk that are others in a copy
     places: Mapping[str, str] = {}  # name of a compressed module on disk -> in the module tree
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -218,7 +219,18 @@ class CompressQuantizer(HfQuantizer):
                 anew(name): spec if (lender := spec.lender()) is None else spec.lent_by(anew(lender))
                 for name, spec in specs.items()
             }
+            self.saved_names = {name: anew(name) for name in specs}
             self.quantization_config.fields = own_config(renamed, architecture.structure)
+
+    def describe_as_it_is(self, model: Any) -> None:
+        """Of a stack, as much as is loaded is saved."""
+        if self.stack is None:
+            return
+        places = {name: model.get_submodule(place) for name, place in self.places.items()}
+        specs = {name: module.spec for name, module in places.items() if isinstance(module, CompressedModule)}
+        structure = {key: value for key, value in self.quantization_config.fields.items() if key == "structure"}
+        renamed = {self.saved_names.get(name, name): spec for name, spec in specs.items()}
+        self.quantization_config.fields = {**own_config(renamed, Structure()), **structure}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Experts that we unfused are named as on disk: there is nothing to merge. Linears in a wrapper are one deeper."""

@@ -48,6 +48,7 @@ def save_pretrained(
     work = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         quantizer.guarded = True
+        quantizer.describe_as_it_is(self)
         type(self).save_pretrained(
             self, work, is_main_process, state_dict, max_shard_size=max_shard_size, token=token, **kwargs
         )

@@ -19,7 +19,6 @@ from compress.checkpoint.reader import SAFETENSORS_DTYPES
 from compress.checkpoint.resize import Gate, make_resizable
 from compress.checkpoint.stack import STACK, StackTable, parse_table
 from compress.errors import CheckpointError
-from compress.modules.base import CompressedModule
 from compress.modules.bitstack import BitStackLinear
 from compress.modules.spec import DTYPE_BYTES, ModuleSpec
 
@@ -53,6 +52,8 @@ class LoadedStack:
         """Read entries from the disk until there are `n_entries`. If that fails, the model stays as large as it was."""
         read: list[tuple[str, dict[str, Tensor]]] = []
         for entry, tensors in self.table.read(self.n_entries, n_entries):
+            if entry.module not in self.modules:
+                continue
             device = self.modules[entry.module].block_0.signs.device  # type: ignore[union-attr]
             read.append((entry.module, {key.rpartition(".")[2]: t.to(device) for key, t in tensors.items()}))  # type: ignore[arg-type]
         with self.gate.closed():
@@ -64,7 +65,8 @@ class LoadedStack:
         """Let go of all entries behind the first `n_entries`."""
         with self.gate.closed():
             for entry in reversed(self.table.entries[n_entries : self.n_entries]):
-                self.modules[entry.module].drop_block()
+                if entry.module in self.modules:
+                    self.modules[entry.module].drop_block()
             self.n_entries = min(self.n_entries, n_entries)
 
 
@@ -75,7 +77,7 @@ def load_stack(model: Any, table: StackTable, n_entries: int, places: Mapping[st
         places: name of a module on disk -> in the module tree of `model`; those that it lacks (no head) are left out.
     """
     modules: dict[str, BitStackLinear] = {}
-    for name in table.specs:
+    for name in (name for name in table.specs if name in places):
         module: nn.Module = model.get_submodule(places[name])
         assert isinstance(module, BitStackLinear), (name, type(module))
         if module.block_0.signs.device.type == "meta":  # type: ignore[union-attr]
@@ -102,18 +104,6 @@ def loaded_bytes(stored: Mapping[str, TensorInfo], specs: Mapping[str, ModuleSpe
         )
         total += prod(info.shape) * float_bytes if cast and float_bytes is not None else info.nbytes
     return total
-
-
-def describe_as_it_is(
-    model: nn.Module, specs: Mapping[str, ModuleSpec], places: Mapping[str, str]
-) -> dict[str, ModuleSpec]:
-    """`specs` with as many levels as the modules of `model` have now."""
-    found = dict(specs)
-    for name, place in places.items():
-        module = model.get_submodule(place)
-        if isinstance(module, CompressedModule) and name in found:
-            found[name] = module.spec
-    return found
 
 
 def fetch_stack(
