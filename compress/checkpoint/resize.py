@@ -140,6 +140,10 @@ def resize(stack: LoadedStack, budget: Budget | str | int | float) -> Resized:
 
 
 def give_back() -> None:
-    """Memory that was freed goes back to the system; the C library would keep much of it for later."""
+    """Memory that was freed goes back to the system; the C library and torch would keep much of it for later."""
+    import torch
+
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli.options import (
+    Arithmetic,
     Debug,
     Device,
     Json,
@@ -18,9 +19,11 @@ from compress.cli.options import (
     Quiet,
     RemoteCode,
     Revision,
+    check_arithmetic,
     check_device,
     refuse_unfinished,
 )
+from compress.cli.sizes import FollowMemoryOption, MemoryBudget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +59,9 @@ def generate(
     greedy: Greedy = False,
     seed: Seed = 0,
     chat: Chat = None,
+    arithmetic: Arithmetic = "int8",
+    memory_budget: MemoryBudget = None,
+    follow_memory: FollowMemoryOption = None,
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
@@ -76,16 +82,21 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise RecipeError("--prompt: is empty; give the text to go on from")
+    how: dict[str, Any] = check_arithmetic(arithmetic)
     refuse_unfinished(model)
     import torch
 
     from compress.checkpoint.load import load
+    from compress.cli.sizes import check_followed, following, load_options, size_of, sizes
     from compress.pipeline.run import Machine, compute_device
 
     if quiet or not sys.stderr.isatty():
         hide_bars()
     place = compute_device(Machine(check_device(device)))
-    loaded = load(model, device=place, revision=revision, trust_remote_code=trust_remote_code)
+    how |= load_options(model, memory_budget, follow_memory, place)
+    loaded = load(model, device=place, revision=revision, trust_remote_code=trust_remote_code, **how)
+    if not quiet and (size := size_of(loaded)):
+        note(size)
     tokenizer = tokenizer_of(loaded, trust_remote_code)
     template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not template:
@@ -101,19 +112,35 @@ def generate(
         note(f"note: the model has {ids.shape[1] + n_new} positions: at most {n_new} new tokens")
     torch.manual_seed(seed)
     streamer = None if as_json else _streamer(tokenizer, skip_prompt=as_message)
+    from compress.runtime.decode import obstacle
+
+    reason = obstacle(loaded)
+    if reason is not None and not quiet:
+        note(f"note: {reason}: tokens are chosen by transformers' generate, which takes a little longer")
     start = time.perf_counter()
     try:
-        made = _generate(loaded, ids.to(place), n_new, chosen, streamer)
+        with following(loaded, model, memory_budget, follow_memory, quiet) as followed:
+            made = _generate(loaded, ids.to(place), n_new, chosen, streamer, ours=reason is None)
     except BrokenPipeError:
         raise Ended(signal.SIGPIPE) from None
     seconds = time.perf_counter() - start
+    check_followed(followed)
     new = made[0, ids.shape[1] :]
     if as_json:
         text = tokenizer.decode(new, skip_special_tokens=True)
-        print_json({"prompt": prompt, "text": text, "new_tokens": len(new), "seconds": seconds, "chat": as_message})
+        about = {"new_tokens": len(new), "seconds": seconds, "chat": as_message, **sizes(loaded, followed)}
+        print_json({"prompt": prompt, "text": text, **about})
     elif not quiet:
         out("") if not sys.stdout.isatty() else None
-        note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} per second")
+        note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} per second{described(loaded)}")
+
+
+def described(model: PreTrainedModel) -> str:
+    """What quantized layers run on, to be said behind a speed; nothing where there are none."""
+    from compress.runtime.prepare import arithmetic
+
+    found = arithmetic(model)
+    return f" ({found['kernels']} kernels, {found['activations']} activations)" if found["linears"] else ""
 
 
 def hide_bars() -> None:
@@ -163,13 +190,13 @@ def _streamer(tokenizer: Any, skip_prompt: bool) -> Any:
     return TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
 
 
-def _generate(model: Any, ids: Any, n_new: int, temperature: float, streamer: Any) -> Any:
-    """Token ids of prompt and answer [1, tokens]. By our own loop, or transformers' where that does more."""
+def _generate(model: Any, ids: Any, n_new: int, temperature: float, streamer: Any, *, ours: bool) -> Any:
+    """Token ids of prompt and answer [1, tokens]. `ours`: by our own loop, not transformers'."""
     import torch
 
-    from compress.runtime.decode import chooser, decode, end_tokens, obstacle
+    from compress.runtime.decode import chooser, decode, end_tokens
 
-    if obstacle(model) is not None:
+    if not ours:
         with torch.inference_mode():
             return model.generate(
                 ids,
