@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compress.cli.generate import Greedy, Seed, Temperature
 from compress.cli.options import (
+    Arithmetic,
     Debug,
     Device,
     Json,
@@ -20,6 +21,7 @@ from compress.cli.options import (
     Quiet,
     RemoteCode,
     Revision,
+    check_arithmetic,
     check_device,
     refuse_unfinished,
 )
@@ -47,6 +49,7 @@ def chat(
     temperature: Temperature = None,
     greedy: Greedy = False,
     seed: Seed = 0,
+    arithmetic: Arithmetic = "int8",
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
@@ -67,6 +70,7 @@ def chat(
 
     chosen = heat(greedy, temperature)
     written = None if template is None else _read_template(template)
+    how: dict[str, Any] = check_arithmetic(arithmetic)
     refuse_unfinished(model)
     import torch
 
@@ -76,7 +80,7 @@ def chat(
     if quiet or not sys.stderr.isatty():
         hide_bars()
     place = compute_device(Machine(check_device(device)))
-    loaded = load(model, device=place, revision=revision, trust_remote_code=trust_remote_code)
+    loaded = load(model, device=place, revision=revision, trust_remote_code=trust_remote_code, **how)
     tokenizer = tokenizer_of(loaded, trust_remote_code)
     if written is not None:
         tokenizer.chat_template = written

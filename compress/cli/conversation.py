@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from compress.cli.generate import positions, sampling
 from compress.errors import RecipeError
+from compress.runtime.cache import buffered_cache
+from compress.runtime.decode import chooser, decode, end_tokens, obstacle
 
+FIRST_CAPACITY = 4096  # tokens that a cache is made for where the context has no limit; it grows
 RESERVE = 4  # at least a quarter of the context, or --max-new-tokens if that is less, is kept free for the reply
 
 
@@ -49,6 +52,7 @@ class Conversation:
         self.model, self.tokenizer = model, tokenizer
         self.system, self.max_new_tokens, self.temperature = system, max_new_tokens, temperature
         self.limit = positions(model)
+        self._ours = obstacle(model) is None  # tokens are chosen by our own loop
         self.messages: list[dict[str, str]] = []
         self._read: list[int] = []  # the tokens whose keys and values are in the cache, but for the last
         self._stopped = False
@@ -126,9 +130,17 @@ class Conversation:
     def _generate(self, ids: list[int], collector: _Collector) -> list[int]:
         n_new = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit - len(ids))
         given = torch.tensor([ids], dtype=torch.long, device=self.model.device)
+        ends = {*end_tokens(self.model), self.tokenizer.eos_token_id} - {None}
+        if self._ours:
+            collector.put(given)
+            choose = chooser(self.model, self.temperature)
+            made = decode(
+                self.model, given, n_new, choose, ends=ends, cache=self._cache, on_token=collector.put,
+                stopped=lambda: self._stopped,
+            )  # fmt: skip
+            collector.end()
+            return list(made[0].tolist())
         criteria = StoppingCriteriaList([_Asked(lambda: self._stopped)])
-        ends = self.model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
         with torch.inference_mode():
             made = self.model.generate(
                 given, attention_mask=torch.ones_like(given), max_new_tokens=n_new, streamer=collector,
@@ -138,11 +150,14 @@ class Conversation:
         return made[0].tolist()
 
     def _forget(self) -> None:
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache: Cache | None = buffered_cache(self.model, self.limit or FIRST_CAPACITY) if self._ours else None
+        if self._cache is None:
+            self._cache = DynamicCache(config=self.model.config)
         self._read = []
 
     def _remembered(self, ids: list[int]) -> int:
         """How many of `ids` the cache holds. It is emptied unless `ids` go on from all that it holds."""
+        assert self._cache is not None
         held = self._cache.get_seq_length()
         if held >= len(ids) or self._read[:held] != ids[:held]:
             self._forget()

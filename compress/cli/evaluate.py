@@ -27,6 +27,7 @@ from compress.cli.options import (
 )
 from compress.cli.report import check_page
 from compress.cli.task_options import (
+    Arithmetic,
     BatchSize,
     Cache,
     ChatTemplate,
@@ -139,8 +140,8 @@ def evaluate(
         tasks,
         {
             "include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size,
-            "apply_chat_template": apply_chat_template, "seed": seed, "dtype": dtype, "arithmetic": arithmetic, "cache": cache, "output": output,
-            "log_samples": log_samples, "confirm_run_unsafe_code": confirm_run_unsafe_code,
+            "apply_chat_template": apply_chat_template, "seed": seed, "dtype": dtype, "cache": cache, "output": output,
+            "arithmetic": arithmetic, "log_samples": log_samples, "confirm_run_unsafe_code": confirm_run_unsafe_code,
         },
     )  # fmt: skip
     for folder in filter(None, (model, reference)):

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli.options import check_arithmetic
 from compress.errors import RecipeError
 
 if TYPE_CHECKING:
     from compress.evaluation.zeroshot import TaskSettings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEFAULTS = {"dtype": "auto"}  # the others' are nothing
+DEFAULTS = {"dtype": "auto", "arithmetic": "reference"}  # the others' are nothing
 N_SEEDS = 4  # python, numpy, torch, few-shot
 
 
@@ -68,6 +69,14 @@ Dtype = Annotated[
     str,
     typer.Option("--dtype", help="of the arithmetic of tasks: auto (as in the checkpoint), float32, bfloat16, float16"),
 ]
+Arithmetic = Annotated[
+    str,
+    typer.Option(
+        "--arithmetic",
+        metavar="reference|float|int8",
+        help="of quantized layers in tasks, on a CPU: torch alone, or native kernels; perplexity is always measured exactly",
+    ),
+]
 Cache = Annotated[
     Path | None,
     typer.Option("--cache", metavar="DIR", help="keep the answers to tasks there; an interrupted evaluation goes on"),
@@ -104,6 +113,7 @@ def task_settings(tasks: Sequence[str] | None, given: dict[str, Any]) -> TaskSet
         raise RecipeError(f"--limit {limit:g}: use a whole number of questions, or a share between 0 and 1")
     if given["dtype"] not in DTYPES:
         raise RecipeError(f"--dtype {given['dtype']}: choose one of {', '.join(DTYPES)}")
+    check_arithmetic(given["arithmetic"])
     if given["log_samples"] and given["output"] is None:
         raise RecipeError("--log-samples: needs a place to write to; add --output DIR")
     seeds, size = _seeds(given["seed"]), _batch_size(given["batch_size"])
@@ -111,7 +121,7 @@ def task_settings(tasks: Sequence[str] | None, given: dict[str, Any]) -> TaskSet
 
     return TaskSettings(
         names, tuple(given["include_path"] or ()), given["num_fewshot"], limit, size, given["apply_chat_template"],
-        **({} if seeds is None else {"seeds": seeds}), dtype=given["dtype"], cache=given["cache"],
+        **({} if seeds is None else {"seeds": seeds}), dtype=given["dtype"], cache=given["cache"], arithmetic=given["arithmetic"],
         confirm_run_unsafe_code=given["confirm_run_unsafe_code"],
     )  # fmt: skip
 

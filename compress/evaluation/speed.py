@@ -34,7 +34,8 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """What is timed. `prompt_tokens` None: 512, or what the model's positions leave room for."""
+    """What is timed. `prompt_tokens` None: 512, or what the model's positions leave room for. `arithmetic`: of quantized layers
+    on a CPU: "int8" or "float" activations on native kernels, or "reference", torch alone."""
 
     prompt_tokens: int | None = None
     new_tokens: int = NEW_TOKENS
@@ -42,6 +43,7 @@ class SpeedSettings:
     repeats: int = REPEATS
     dtype: str = "auto"
     attention: str | None = None
+    arithmetic: str = "int8"
 
 
 def measure_speed(

@@ -59,6 +59,7 @@ class Timed:
 
         from compress.checkpoint.load import load
         from compress.pipeline.run import Machine, compute_device
+        from compress.runtime.prepare import arithmetic, packed_bytes
 
         logging.disable_progress_bar()
         self.device = compute_device(Machine(task["device"]))
@@ -67,9 +68,11 @@ class Timed:
         _import_everything(task["folder"], task["trust_remote_code"])
         before = peak_resident_bytes()
         start = time.perf_counter()
+        exact = task["arithmetic"] == "reference"
+        how: dict[str, Any] = {"kernels": "reference"} if exact else {"activations": task["arithmetic"]}
         self.model: Any = load(
             task["folder"], device=self.device, dtype=task["dtype"], attn_implementation=task["attention"],
-            trust_remote_code=task["trust_remote_code"],
+            trust_remote_code=task["trust_remote_code"], **how,
         )  # fmt: skip
         self._wait()
         seconds = time.perf_counter() - start
@@ -81,7 +84,8 @@ class Timed:
         self.before = before
         self.about = {
             "load_seconds": seconds,
-            "bytes_in_memory": sum(p.nbytes for p in self.model.parameters()),
+            "bytes_in_memory": sum(p.nbytes for p in self.model.parameters()) + packed_bytes(self.model),
+            "arithmetic": runs_on(arithmetic(self.model)),
             "bytes_of_weight_files": sum(f.stat().st_size for f in Path(task["folder"]).glob("*.safetensors")),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
@@ -97,6 +101,21 @@ class Timed:
         """Seconds of one prefill and one decode."""
         import torch
 
+        from compress.runtime.cache import buffered_cache
+        from compress.runtime.decode import chooser, decode
+
+        cache = buffered_cache(self.model, self.ids.shape[1] + self.new_tokens)
+        if cache is not None:
+            seen: list[float] = []
+
+            def passed(token: object) -> None:
+                self._wait()
+                seen.append(time.perf_counter())
+
+            self._wait()
+            start = time.perf_counter()
+            decode(self.model, self.ids, self.new_tokens + 1, chooser(self.model, 0), cache=cache, on_token=passed)
+            return {"prefill": seen[0] - start, "decode": seen[-1] - seen[0]}
         with torch.inference_mode():
             self._wait()
             start = time.perf_counter()
@@ -126,6 +145,14 @@ class Timed:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def runs_on(found: dict[str, Any]) -> str | None:
+    """What runs the quantized linears, in words; None where a native kernel runs none."""
+    if not found["linears"]:
+        return None
+    n_layers = f"{found['linears']} layers in {found['products']} products"
+    return f"{found['kernels']} kernels, {found['activations']} activations, {n_layers}"
 
 
 def _import_everything(folder: str, trust_remote_code: bool) -> None:

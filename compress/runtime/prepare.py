@@ -5,7 +5,9 @@ Linears of one site (models/architecture.py) that are quantized alike become one
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -43,7 +45,15 @@ def pack_model(
         packed = pack_rows(members, choice.activations)
         for place, member in enumerate(members):
             member.move_into(packed, place)
+    if products:
+        _give_back()
     return len(products)
+
+
+def _give_back() -> None:
+    """Let the C library return to the system what the plain tensors took: it keeps freed memory for the next to ask."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pack_loaded(model: nn.Module, architecture: Architecture | None, cut: str) -> None:

@@ -21,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from compress import __version__
 from compress.errors import CheckpointError
 from compress.evaluation.harness.surroundings import Phases
+from compress.runtime.prepare import arithmetic
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +138,9 @@ class LanguageModel(HFLM):
         """Changes with whatever can change an answer: the files of the checkpoint, dtype, kind of device, versions."""
         digest = hashlib.sha256(checkpoint_digest(self.folder).encode())
         releases = [f"compress-llm {__version__}", *(f"{name} {version(name)}" for name in VERSIONS)]
-        for part in (str(self.model.dtype), self.device.type, str(self.max_length), *releases):
+        runs = arithmetic(self.model)
+        native = [f"{runs['kernels']} {runs['activations']}"] if runs["linears"] else []
+        for part in (str(self.model.dtype), self.device.type, str(self.max_length), *releases, *native):
             digest.update(b"\0" + part.encode())
         return digest.hexdigest()[:24]
 

@@ -28,6 +28,7 @@ class TaskSettings:
     """What is asked of the harness; names and meanings as its own options have them.
 
     `batch_size`: a number, "auto" or "auto:N"; None: auto on a GPU, 8 on a CPU. `seeds`: python, numpy, torch, few-shot.
+    `arithmetic`: of quantized layers on a CPU: "reference" is torch alone, "float" and "int8" native kernels.
     `cache`: a folder where answers are kept, so that the same evaluation goes on where it was interrupted.
     """
 
@@ -39,6 +40,7 @@ class TaskSettings:
     apply_chat_template: bool = False
     seeds: Seeds = SEEDS
     dtype: str = "auto"
+    arithmetic: str = "reference"
     cache: Path | None = None
     confirm_run_unsafe_code: bool = False
 
@@ -91,7 +93,7 @@ class Harness:
             )  # fmt: skip
 
     def _model_args(self, model: str) -> dict[str, Any]:
-        return {"pretrained": model, "dtype": self.settings.dtype}
+        return {"pretrained": model, "dtype": self.settings.dtype, "arithmetic": self.settings.arithmetic}
 
     def run(self, source: Source, tasks: LoadedTasks) -> dict[str, Any]:
         """The results of one model in the harness's form, with every question under "samples"."""
@@ -142,8 +144,10 @@ class Harness:
             tokenizer = load_tokenizer(folder, trust_remote_code=self.trust_remote_code)
             if self.settings.apply_chat_template:
                 check_template(tokenizer, source.name)
+            exact = self.settings.arithmetic == "reference"
+            how: dict[str, Any] = {"kernels": "reference"} if exact else {"activations": self.settings.arithmetic}
             loaded = load(
-                folder, dtype=self.settings.dtype, device=device, trust_remote_code=self.trust_remote_code
+                folder, dtype=self.settings.dtype, device=device, trust_remote_code=self.trust_remote_code, **how
             )  # fmt: skip
             phases.advance(1)
         with _no_words_about_loaded_models():
