@@ -6,17 +6,17 @@
 
 namespace {
 
-const ck::LinearKernels* kernels_of(int isa) {
+const ck::LinearKernels* kernels_of(int isa, bool halves) {
 #ifdef CK_X86
   switch (isa) {
     case ck::AVX2: return ck::linear_avx2();
     case ck::AVX2_VNNI: return ck::has_avx_vnni() ? ck::linear_avx2vnni() : ck::linear_avx2vnni_vl();
     case ck::AVX512: return ck::linear_avx512();
-    case ck::AVX512_BF16: return ck::linear_avx512bf16();
+    case ck::AVX512_BF16: return halves ? ck::linear_avx512bf16() : ck::linear_avx512();
     default: break;
   }
 #endif
-  (void)isa;
+  (void)isa, (void)halves;
   return ck::linear_portable();
 }
 
@@ -84,8 +84,8 @@ extern "C" int ck_linear(const ck_weight* weight, const void* buffer, int64_t bu
   call.a16_sum = call.q_scale;
   call.q_sum = reinterpret_cast<int32_t*>(space + parts.sums_at);
 
-  const ck::LinearKernels* kernels = kernels_of(ck_isa_current());
   const bool a8 = activations == CK_A8;
+  const ck::LinearKernels* kernels = kernels_of(ck_isa_current(), !a8 && x_dtype == CK_BF16);
   const int64_t unit = a8 ? kernels->a8_unit : kernels->a16_unit, n_units = ceil_div(l.n_tiles, unit);
   const int group = a8 ? kernels->a8_group : kernels->a16_group;
   parallel(int(min64(n_threads, n_units)), [&](int thread, int n) {
