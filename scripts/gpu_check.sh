@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Builds the CUDA kernels and checks and times them on the GPU at hand: bash scripts/gpu_check.sh [--checks] [--json FILE]
+# PYTHON names the interpreter. Needs nvcc and a torch with CUDA; no GPU: one line, exit code 2.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COMPRESS_CUDA_KERNELS=1
+
+if ! architecture=$("$python" scripts/gpu_check.py --architecture); then exit 2; fi  # it has said why
+case $architecture in
+  80 | 86 | 89 | 90a) "$python" -m compress.kernels.cuda.build --arch "$architecture" ;;
+  *) "$python" -m compress.kernels.cuda.build ;;  # a newer one compiles the PTX
+esac
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    echo "compute-sanitizer $tool"
+    compute-sanitizer --tool "$tool" --error-exitcode 3 --kernel-regex kns=_kernel "$python" scripts/gpu_check.py --sanitize
+  done
+else
+  echo "compute-sanitizer is not there: races and bounds are not looked at"
+fi
+"$python" scripts/gpu_check.py --json "out/gpu_check.json" "$@"
