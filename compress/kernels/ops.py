@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compress.kernels.cuda.ops import transformed_on_gpu
 from compress.kernels.packing import dequantize, unpack, unpack_entries
 from compress.kernels.transform import transformed_on_cpu
 from compress.linalg import hadamard
@@ -163,6 +164,7 @@ def _transform_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 LIBRARY.impl("hadamard_transform", hadamard.transformed, "CompositeExplicitAutograd")
 LIBRARY.impl("hadamard_transform", transformed_on_cpu, "CPU")
+LIBRARY.impl("hadamard_transform", transformed_on_gpu, "CUDA")
 LIBRARY.impl("hadamard_transform", _transform_meta, "Meta")
 torch.library.register_autograd(
     "compress::hadamard_transform", _transform_backward, setup_context=_transform_remember, lib=LIBRARY
