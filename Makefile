@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean.  Each sets up .venv first: the pinned versions of constraints.txt.
+# make demo | test | lint | bench | cuda | gpu | clean.  Each sets up .venv first: the pinned versions of constraints.txt.
 # Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench cuda gpu clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,14 @@ bench: $(STAMP)
 	$(BIN)/python scripts/bench_startup.py
 	$(BIN)/python scripts/bench_memory.py --depth
 	$(BIN)/python scripts/bench_safe.py
+
+# The CUDA kernels: needs nvcc and no GPU. `gpu` builds, checks and times them on the GPU at hand.
+cuda: $(STAMP)
+	$(BIN)/python -m compress.kernels.cuda.build
+	$(BIN)/python scripts/cuda_resources.py
+
+gpu: $(STAMP)
+	PYTHON=$(BIN)/python bash scripts/gpu_check.sh
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -6,6 +6,7 @@
 // Bound by bytes for powers of two (4 per input), by shuffles for large cores. Speed: not measured, no GPU yet.
 
 #include "convert.h"
+#include "launch.h"
 
 constexpr int HADAMARD_THREADS = 512;
 constexpr int MAX_CORES = 4, MAX_CORE = 256;
@@ -127,13 +128,12 @@ extern "C" int64_t cc_hadamard_largest(void) {
 
 template <class T>
 static int hadamard(const Hadamard& a, int64_t rows, int64_t n_blocks, void* stream) {
-  const int bytes = a.block * int(sizeof(float));
-  if (bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(hadamard_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return int(error);
-  }
-  CC_LAUNCH(hadamard_kernel<T>, dim3(unsigned(rows), unsigned(n_blocks)), dim3(HADAMARD_THREADS), bytes,
-            static_cast<cudaStream_t>(stream), a);
+  static uint64_t allowed = 0;
+  int largest = 0;
+  if (int error = largest_shared(&largest)) return error;
+  if (int error = allow_shared(hadamard_kernel<T>, largest, &allowed)) return error;
+  CC_LAUNCH(hadamard_kernel<T>, dim3(unsigned(rows), unsigned(n_blocks)), dim3(HADAMARD_THREADS),
+            a.block * int(sizeof(float)), static_cast<cudaStream_t>(stream), a);
   return int(cudaGetLastError());
 }
 

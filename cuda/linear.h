@@ -9,6 +9,7 @@
 #define CC_LINEAR_H
 
 #include "convert.h"
+#include "launch.h"
 #include "layout.h"
 
 template <int BITS>
@@ -230,19 +231,6 @@ static void add_splits(const Linear& a, void* stream) {
   if (a.splits == 1) return;
   CC_LAUNCH(add_splits_kernel<T>, dim3(unsigned(ceil_div(a.out_features, ADD_THREADS)), unsigned(a.tokens)),
             dim3(ADD_THREADS), 0, static_cast<cudaStream_t>(stream), a);
-}
-
-// Lets a kernel have `bytes` of shared memory: once per kernel and device, since it costs a call into the driver.
-template <class Kernel>
-static int allow_shared(Kernel kernel, int bytes, uint64_t* allowed_on) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return int(error);
-  if (device < 64 && __atomic_load_n(allowed_on, __ATOMIC_RELAXED) >> device & 1) return CC_OK;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return int(error);
-  if (device < 64) __atomic_fetch_or(allowed_on, uint64_t(1) << device, __ATOMIC_RELAXED);
-  return CC_OK;
 }
 
 #endif
