@@ -199,6 +199,31 @@ CASES = [
         model="llama",
         kl=0.8,
     ),
+    Case(
+        "bitstack",
+        [{"bitstack": {"rank": 2, "blocks": 4, "rows": 2, "file_mib": 0.01}}],
+        [{"bitstack": {"rank": 2, "blocks": 6, "rows": 2, "file_mib": 0.01}}],
+    ),
+    Case(
+        "bitstack_levels_head_conv1d",
+        [
+            {
+                "bitstack": {"rank": 2, "blocks": 3, "order": "levels", "rows": 1, "file_mib": 0.02},
+                "layers": ["*.c_*", "lm_head"],
+            }
+        ],
+        model="gpt2",
+    ),
+    Case(
+        "bitstack_without_data",
+        [{"bitstack": {"rank": 1, "blocks": 4, "scaling": False, "exact": True}}],
+        model="llama",
+    ),
+    Case(
+        "bitstack_experts",
+        [{"bitstack": {"rank": 2, "blocks": 3, "rows": 1}, "layers": ["*.experts.0.*", "*.o_proj"]}],
+        model="mixtral",
+    ),
     Case("drop_blocks", [{"drop_blocks": {"n_drop": 1, "rows": 4}}], kl=2.5),
     Case(
         "drop_blocks_taylor_then_gptq",

@@ -106,7 +106,8 @@ class CompressQuantizer(HfQuantizer):
         specs = modules_of(config, infos)
         layouts = infos.layouts if isinstance(infos, Translated) else {}
         if config["quantization_config"].get("quant_method") == OWN:
-            self._open_stack(modules_of(config), stored, dtype, checkpoint_files)
+            floats = dtype or torch.get_default_dtype()
+            self._open_stack(modules_of(config), stored, floats, checkpoint_files)
         architecture = _architecture(config, infos)
         if architecture is not None:
             of_experts = {n for site in architecture.all_sites() if site.expert is not None for n in site.linears}
@@ -152,7 +153,7 @@ class CompressQuantizer(HfQuantizer):
         self,
         specs: Mapping[str, ModuleSpec],
         stored: Mapping[str, TensorInfo],
-        dtype: torch.dtype | None,
+        dtype: torch.dtype,
         files: list[str] | None,
     ) -> None:
         """How much of the stack is to be loaded behind what the index names. `specs`: as config.json describes them.

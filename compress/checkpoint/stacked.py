@@ -91,18 +91,14 @@ def load_stack(model: Any, table: StackTable, n_entries: int, places: Mapping[st
     make_resizable(model)
 
 
-def loaded_bytes(stored: Mapping[str, TensorInfo], specs: Mapping[str, ModuleSpec], dtype: torch.dtype | None) -> int:
+def loaded_bytes(stored: Mapping[str, TensorInfo], specs: Mapping[str, ModuleSpec], dtype: torch.dtype) -> int:
     """Bytes of tensors once they are loaded in `dtype`: floats of ordinary modules are cast."""
     stacked = {name: spec for name, spec in specs.items() if spec.n_levels > 1}
-    float_bytes = None if dtype is None else DTYPE_BYTES[SAFETENSORS_DTYPES[dtype]]
+    float_bytes = DTYPE_BYTES[SAFETENSORS_DTYPES[dtype]]
     total = 0
     for name, info in stored.items():
-        cast = (
-            float_bytes is not None
-            and info.dtype in FLOATS
-            and (owner(name, stacked) is None or name.endswith(".bias"))
-        )
-        total += prod(info.shape) * float_bytes if cast and float_bytes is not None else info.nbytes
+        cast = info.dtype in FLOATS and (owner(name, stacked) is None or name.endswith(".bias"))
+        total += prod(info.shape) * float_bytes if cast else info.nbytes
     return total
 
 

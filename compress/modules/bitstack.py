@@ -149,6 +149,6 @@ def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     def moved(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return fn(tensor)
-        return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+        return fn(tensor.reshape(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
     return moved
