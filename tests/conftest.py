@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,31 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n".join(paragraphs))
     return file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def painted() -> Iterator[Callable[..., str]]:
+    """Every run paints the plots of its page, and matplotlib lays them out and writes them only where a test looks at them
+    (`drawn`): that takes as long as the rest of a small run. Gives what draws them."""
+    from compress.report import plots
+
+    whole = plots._svg
+
+    def only_painted(paint: Callable[..., None], width: float, height: float, label: str) -> str:
+        from matplotlib.figure import Figure
+
+        paint(Figure(figsize=(width, height)), width)
+        return f'<svg role="img" aria-label="{escape(label)}"></svg>'
+
+    plots._svg = only_painted
+    yield whole
+    plots._svg = whole
+
+
+@pytest.fixture
+def drawn(painted: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are drawn."""
+    monkeypatch.setattr("compress.report.plots._svg", painted)
 
 
 @pytest.fixture

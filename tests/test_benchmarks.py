@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,21 @@ def script(*arguments: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.name for path in [*SCRIPTS.glob("bench_*.py"), SCRIPTS / "random_llama.py"])
+    "name",
+    sorted(path.name for pattern in ("bench_*.py", "table_*.py", "random_llama.py") for path in SCRIPTS.glob(pattern)),
 )
-def test_scripts_say_what_they_do(name: str):
-    assert "usage" in script(SCRIPTS / name, "--help")
+def test_scripts_say_what_they_do(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run as a program is, in this process, where torch is imported already."""
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.syspath_prepend(SCRIPTS)
+    before = set(sys.modules)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    for module in set(sys.modules) - before:  # what scripts import from each other is theirs alone
+        if str(getattr(sys.modules[module], "__file__", "")).startswith(str(SCRIPTS)):
+            del sys.modules[module]
+    assert ended.value.code in (0, None)
+    assert "usage" in capsys.readouterr().out
 
 
 def test_a_random_llama_is_the_same_in_any_shards(tmp_path: Path):

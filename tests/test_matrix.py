@@ -318,15 +318,12 @@ def test_loads_generates_and_equals_what_was_streamed(case: Case, runs: Any) -> 
 
 
 @matrix
-def test_same_seed_same_bytes_wherever_activations_live(case: Case, runs: Any, text: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bytes_interrupted_or_not_wherever_activations_live(
+    case: Case, runs: Any, text: Path, tmp_path: Path
+) -> None:
+    """Once in one piece, activations in memory; once in two, activations on disk."""
     source, result = runs(case)
-    run(recipe_for(source, case.steps, text), tmp_path / "again", machine=Machine(activation_bytes=0))
-    assert fingerprints(tmp_path / "again") == fingerprints(result.folder)
-
-
-@matrix
-def test_interrupted_and_resumed_is_the_same(case: Case, runs: Any, text: Path, tmp_path: Path) -> None:
-    source, result = runs(case)
+    machine = Machine(activation_bytes=0)
 
     class Stop(Silent):
         blocks = 0
@@ -341,9 +338,9 @@ def test_interrupted_and_resumed_is_the_same(case: Case, runs: Any, text: Path, 
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(recipe_for(source, case.steps, text), tmp_path / "cut", progress=Stop())
+        run(recipe_for(source, case.steps, text), tmp_path / "cut", progress=Stop(), machine=machine)
     assert not (tmp_path / "cut" / "config.json").exists()
-    resumed = run(recipe_for(source, case.steps, text), tmp_path / "cut")
+    resumed = run(recipe_for(source, case.steps, text), tmp_path / "cut", machine=machine)
     assert resumed.report["replayed_blocks"] == 2
     assert fingerprints(tmp_path / "cut") == fingerprints(result.folder)
     figures = {layer["name"]: layer["figures"] for layer in resumed.report["layers"]}

@@ -25,6 +25,8 @@ from compress.report.write import write_page
 from tests.runs import recipe_for
 from tests.tiny_models import save_tiny
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "%": 0.01, "s": 1}
 
