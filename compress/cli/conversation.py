@@ -21,7 +21,7 @@ from compress.errors import RecipeError
 from compress.runtime.cache import buffered_cache
 from compress.runtime.decode import chooser, decode, end_tokens, obstacle
 
-FIRST_CAPACITY = 4096  # tokens that a cache is made for where the context has no limit; it grows
+FIRST_CAPACITY = 2048  # tokens that the cache is made for; it grows
 RESERVE = 4  # at least a quarter of the context, or --max-new-tokens if that is less, is kept free for the reply
 
 
@@ -150,7 +150,7 @@ class Conversation:
         return made[0].tolist()
 
     def _forget(self) -> None:
-        self._cache: Cache | None = buffered_cache(self.model, self.limit or FIRST_CAPACITY) if self._ours else None
+        self._cache: Cache | None = buffered_cache(self.model, FIRST_CAPACITY) if self._ours else None
         if self._cache is None:
             self._cache = DynamicCache(config=self.model.config)
         self._read = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from compress.runtime.attention import folded_attention
 from compress.runtime.cache import BufferedLayer, buffered_cache
 from compress.runtime.decode import chooser, decode, end_tokens, obstacle
 from tests.tiny_models import TINY, tiny_model
@@ -116,3 +118,34 @@ def test_what_only_generate_can_do_is_said():
     own = type("Own", (type(model),), {"generate": lambda self: None})
     model.__class__ = own
     assert obstacle(model) == "Own has a way of its own to generate"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_folded_heads_attend_as_they_did(dtype, masked):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 1, 6, 16, generator=generator).to(dtype).transpose(1, 2)
+    key, value = torch.randn(2, 2, 2, 40, 16, generator=generator).to(dtype)[..., :33, :]
+    mask = (torch.rand(2, 1, 1, 33, generator=generator) < 0.7) if masked else None
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    ours, theirs = (
+        attend(module, query, key, value, mask, scaling=0.3)[0] for attend in (folded_attention, sdpa_attention_forward)
+    )
+    assert ours.shape == theirs.shape == (2, 1, 6, 16)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_attention_is_folded_while_decoding_and_not_after(monkeypatch):
+    model = tiny_model("llama_gqa_tied")
+    assert model.config._attn_implementation == "sdpa"
+    shapes = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *a, **k: shapes.append(q.shape[1:3]) or real(q, *a, **k),
+    )
+    decode(model, prompt(), 2, chooser(model, 0))
+    assert shapes == [(4, 5)] * 3 + [(2, 2)] * 3
+    assert model.config._attn_implementation == "sdpa"
