@@ -72,6 +72,8 @@ class Measure:
 
     def __init__(self, asked: argparse.Namespace):
         self.asked = asked
+        plan = compress.plan(self._recipe([{"rtn": {"bits": 8, "group_size": -1}}]))
+        self._n_weights, self._others = plan.n_weights, plan.bytes_total_after - plan.bytes_after
         self._known: dict[str, Any] = (
             json.loads(asked.cache.read_text()) if asked.cache and asked.cache.exists() else {}
         )
@@ -81,7 +83,7 @@ class Measure:
         return next((cell["original"] for cell in self._known.values()), float("nan"))
 
     def __call__(self, *steps: Settings) -> dict[str, Any] | None:
-        """Perplexity, KL, bits per weight of the linears, bytes of all tensors; None where it is not known and not to be run."""
+        """Perplexity, KL, bits per weight of all linears, bytes of all tensors; None where it is not known and not to be run."""
         asked = self.asked
         key = json.dumps([asked.model, asked.samples, asked.max_tokens, steps])
         if key not in self._known and not asked.known:
@@ -90,11 +92,12 @@ class Measure:
             if asked.cache:
                 held = json.loads(asked.cache.read_text()) if asked.cache.exists() else {}
                 asked.cache.write_text(json.dumps(held | self._known, indent=0))
-        return self._known.get(key)
+        found = self._known.get(key)
+        return found and {**found, "bits": 8 * (found["bytes"] - self._others) / self._n_weights}
 
-    def _run(self, steps: list[Settings]) -> dict[str, Any]:
+    def _recipe(self, steps: list[Settings]) -> Recipe:
         asked = self.asked
-        recipe = Recipe.from_dict(
+        return Recipe.from_dict(
             {
                 "model": asked.model,
                 "calibration": {"data": asked.calibration, "samples": asked.samples, "length": 256, "batch_size": 8},
@@ -102,14 +105,15 @@ class Measure:
                 "evaluation": {"data": asked.heldout, "length": 256, "max_tokens": asked.max_tokens},
             }
         )
+
+    def _run(self, steps: list[Settings]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            result = compress.run(recipe, Path(folder) / "out")
+            result = compress.run(self._recipe(steps), Path(folder) / "out")
         found = result.report["evaluation"]
         return {
             "perplexity": found["model"]["perplexity"],
             "kl": found["fidelity"]["kl_mean"],
             "original": found["reference"]["perplexity"],
-            "bits": result.plan.bits_per_weight,
             "bytes": result.plan.bytes_total_after,
             "seconds": sum(result.report["seconds"].values()),
         }

@@ -84,14 +84,14 @@ def principal_directions(targets: Tensor, n: int) -> Tensor:
     """The first `n` right singular vectors of `targets` Y [rows, d] as rows [n, d]; n <= d. Where Y has fewer, any others."""
     n_rows, d = targets.shape
     square = targets.T @ targets if d <= n_rows else targets @ targets.T
-    values, vectors = torch.linalg.eigh(square.double())
+    values, vectors = torch.linalg.eigh(square)  # a start: in float32 if that is what there is
     if d <= n_rows:
-        return vectors.T.flip(0)[:n].to(targets.dtype).contiguous()
+        return vectors.T.flip(0)[:n].contiguous()
     sizes = values.flip(0).clamp(min=0).sqrt()  # [rows], falling
-    rows = vectors.T.flip(0)[:n].to(targets.dtype) @ targets / sizes[:n, None].clamp(min=1e-30).to(targets.dtype)
+    rows = vectors.T.flip(0)[:n] @ targets / sizes[:n, None].clamp(min=1e-30)
     filled = targets.new_zeros(n, d)
     filled[: len(rows)] = rows
-    reached = int((sizes[:n] > 1e-6 * sizes[0]).sum())
+    reached = int((sizes[:n] > torch.finfo(targets.dtype).eps ** 0.5 * 10 * sizes[0]).sum())
     if reached == n:
         return polished(filled)
     return torch.linalg.qr(torch.cat([filled[:reached].T, torch.eye(d).to(filled)], dim=1)).Q[:, :n].T.contiguous()

@@ -47,9 +47,12 @@ def sizes_of(shape: LayerShape, config: CoSpaDiConfig, members: int = 1) -> tupl
             return n_atoms, n_kept if config.rho == 1 else _most_kept(shape, n_atoms, n_kept, budget, members)
     least = max(multiple, 1 if config.rho == 1 else 2)
     needed = nbytes_of(shape, least, _kept_of(least, config), members)
+    ratio = math.ceil(1e4 * needed / (2 * out_features * in_features * members)) / 1e4
+    ways = [f"use at least {ratio:g}"] if ratio < 1 else []
+    ways += ["smaller groups in the later step that needs multiples of them"] if multiple > 1 else []
     raise RecipeError(
-        f"{shape.name}: keep_ratio={config.keep_ratio:g} is {budget:,} bytes, less than {least} atoms take ({needed:,}); use at "
-        f"least {math.ceil(1e4 * needed / (2 * out_features * in_features * members)) / 1e4:g}, or skip the layer"
+        f"{shape.name}: keep_ratio={config.keep_ratio:g} is {budget:,} bytes, less than {least} atoms take ({needed:,}); "
+        f"{', '.join([*ways, 'or skip the layer'])}"
     )
 
 

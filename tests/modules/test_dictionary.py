@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.checkpoint.description import modules_of, own_config
 from compress.checkpoint.stream import rebuild_module
 from compress.errors import CheckpointError
 from compress.methods.base import Layer, SiteTask
 from compress.methods.rtn import RTN, RTNConfig
+from compress.models.structure import Structure
 from compress.modules.dictionary import DictionaryLinear
 from compress.modules.dictionary_spec import DictionarySpec
 from compress.modules.quantized_spec import QuantizedSpec
@@ -175,3 +177,20 @@ def test_only_a_dictionary_of_the_right_size_can_be_borrowed():
     for other in (DictionarySpec.of_sizes(IN, OUT, 12, 4), DictionarySpec.of_sizes(IN, OUT, ATOMS, 4, "x")):
         with pytest.raises(CheckpointError, match="shares the dictionary of block.0.q, which"):
             spec.borrowing(other)
+
+
+def test_a_description_of_borrowers_is_held_to_their_lender():
+    lender = rounded(module(), "dictionary")
+    specs = {"block.0.q": lender.spec, "block.1.q": borrower(lender).spec, "block.2.q": borrower(lender).spec}
+    described = {"quantization_config": own_config(specs, Structure())}
+    assert modules_of(described) == specs
+    for change, said in (
+        ({"shared": "block.7.q"}, "uses parts of 'block.7.q', which is not described"),
+        ({"shared": "block.1.q"}, "shares the dictionary of block.1.q, which stores none"),
+        ({"dictionary": None}, "is described with other parts than block.0.q stores"),
+    ):
+        wrong = copy.deepcopy(described)
+        entry = next(entry for entry in wrong["quantization_config"]["modules"] if "shared" in entry)
+        entry.update(change)
+        with pytest.raises(CheckpointError, match=said):
+            modules_of(wrong)
