@@ -100,8 +100,8 @@ def curve(measure: Curves) -> Iterator[str]:
     yield "|---" * 5 + "|"
     for point in sorted(points, key=lambda point: point["bits"]):
         size = f"{point['bits']:.3f} | {point['total'] / 1e6:.2f} MB"
-        perplexity = f"{point['perplexity']:.{2 if point['perplexity'] < 1000 else 0}f}"
-        yield f"| {point['method']} | {size} | {perplexity} | {point['kl']:.4f} |"
+        shown = f"{point['perplexity']:.{2 if point['perplexity'] < 1000 else 0}f}"
+        yield f"| {point['method']} | {size} | {shown} | {point['kl']:.4f} |"
     (asked.out / "curve.json").write_text(json.dumps(points, indent=1))
     (asked.out / "curve.svg").write_text(drawn(points, measure.original))
     yield f"\nwrote {asked.out / 'curve.json'} and {asked.out / 'curve.svg'}"
