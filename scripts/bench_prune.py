@@ -5,7 +5,7 @@ tr((W - W') H (W - W')^T) / tr(W H W^T), H = sum_t x_t x_t^T. Fails if ours is a
 
     git clone https://github.com/IST-DASLab/sparsegpt && git clone https://github.com/locuslab/wanda
     python scripts/bench_prune.py --sparsegpt sparsegpt --wanda wanda
-    python scripts/bench_prune.py --time             # ours alone: one large linear, seconds
+    python scripts/bench_prune.py --time             # ours alone: one large linear, seconds and memory (Linux)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from compress import load, shipped
 from compress.calibration.data import load_tokenizer
 from compress.calibration.statistics import Request, SecondMoment, SiteStatistics, SquareSum
 from compress.linalg.quadratic import energy
-from compress.methods.base import Layer, SiteTask
+from compress.methods.base import Layer, LayerShape, SiteTask
 from compress.methods.prune import Prune, PruneConfig
 from compress.shipped import calibration_text_path
 
@@ -220,16 +220,37 @@ def without_ties(weight: Tensor) -> Tensor:
 
 
 def timed() -> None:
-    """Print seconds of CPU for one linear of SIZE x SIZE."""
+    """Print seconds of CPU for one linear of SIZE x SIZE, and what it takes of memory beside its weight and statistics."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SIZE, SIZE, generator=generator) * 0.02
     x = torch.randn(SIZE, SIZE, generator=generator) * (torch.rand(SIZE, generator=generator) * 3 + 0.1)
-    print("| settings | CPU seconds |\n|---|---|")
+    flat, shape = x, LayerShape("layer", SIZE, SIZE)
+    squares, moment = SiteStatistics(SIZE, {SquareSum(): flat.square().sum(0)}), flat.T @ flat
+    del x, flat
+    print("| settings | CPU seconds | peak, MiB | planned, MiB |\n|---|---|---|---|")
     for score in ("magnitude", "wanda", "nowag", "sparsegpt"):
         for settings in ({"pattern": "2:4"}, {"sparsity": 0.5}):
+            config = PruneConfig(**{"score": score, **settings})
+            known = squares if score != "sparsegpt" else SiteStatistics(SIZE, {SecondMoment(): moment})
+            task = SiteTask("site", (Layer("layer", weight, None, config, torch.float32),))
+            before = resident_anew()
             start = time.process_time()
-            pruned(weight, x[None], {"score": score, **settings})
-            print(f"| {score}, {settings} | {time.process_time() - start:.1f} |", flush=True)
+            Prune.compress(task, known, torch.Generator())
+            took, peak = time.process_time() - start, (memory("VmHWM") - before) / 2**20
+            planned = Prune.workspace((shape,), config) / 2**20
+            print(f"| {score}, {settings} | {took:.1f} | {peak:,.0f} | {planned:,.0f} |", flush=True)
+
+
+def resident_anew() -> int:
+    """Bytes resident now, from which the peak is counted on (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(field: str) -> int:
+    """Bytes in a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

@@ -24,14 +24,12 @@ from torch import Tensor, nn
 from compress.calibration.capture import BlockPass, OriginalStream, Place
 from compress.calibration.statistics import SiteStatistics, gather
 from compress.calibration.store import Allowance, HiddenStates, ReadOnly, embedded
-from compress.checkpoint.headers import read_header
-from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.stream import StreamedModel, tensors_in
-from compress.checkpoint.writer import finite_chunks
 from compress.errors import CheckpointError, NumericsError
 from compress.methods.base import Outcome
 from compress.models.architecture import Site
 from compress.models.families import module_name
+from compress.pipeline.ends import write_entry, write_head
 from compress.pipeline.folding import scale_module, scaled_input
 from compress.pipeline.journal import BlockEntry, Journal
 from compress.pipeline.layers import Layers
@@ -102,7 +100,7 @@ class Stage:
         architecture = self.plan.architecture
         finished = self.journal.trusted(self.number, part_numbers(self.plan), self.progress.note)
         self.progress.begin("compress", architecture.n_blocks, "block")
-        self._entry(finished.get(ENTRY))
+        write_entry(self, finished.get(ENTRY))
         with self.watch("embed"):
             hidden = self.embed_all()
             self.probe_hidden = self.model.embed(self.probe_ids)
@@ -119,7 +117,7 @@ class Stage:
                 self._compress_block(index, hidden, original)
             self.progress.advance(1, f"{architecture.blocks[index]} {time.perf_counter() - start:.1f} s")
         if stores_head(self.plan):
-            self._head(finished.get(architecture.n_blocks), hidden)
+            write_head(self, finished.get(architecture.n_blocks), hidden)
         self.progress.end()
         for states in (hidden, original, *self.learners.values()):
             if states is not None:
@@ -316,7 +314,7 @@ class Stage:
         self, site: Site, step: StepPlan, statistics: SiteStatistics | None, before: dict[str, Outcome]
     ) -> dict[str, Outcome]:
         targets = [self._target(name, site, step, before) for name in site.linears if name in step.configs]
-        return self._compress_targets(site, step, targets, statistics)
+        return self.compress_targets(site, step, targets, statistics)
 
     def _target(self, name: str, site: Site, step: StepPlan, before: dict[str, Outcome]) -> Target:
         """A layer, with what its module borrows where that is new to it: not there yet, or changed by this run."""
@@ -325,7 +323,7 @@ class Stage:
             return target
         return replace(target, lender=self.shards.lender(spec, self.journal.finished(self.number)))
 
-    def _compress_targets(
+    def compress_targets(
         self, site: Site, step: StepPlan, targets: list[Target], statistics: SiteStatistics | None
     ) -> dict[str, Outcome]:
         with self.watch(step.method.name):
@@ -384,69 +382,6 @@ class Stage:
             self.propagate(block, index, hidden)
             self.probe_hidden = self.model.call_block(block, index, self.probe_hidden)
             self.model.unload_block(index)
-
-    # ---- before the blocks and after them
-
-    def _entry(self, finished: BlockEntry | None) -> None:
-        """Everything before block 0, the token table above all, which may itself be compressed."""
-        architecture = self.plan.architecture
-        table = architecture.embedding.linears[0]
-        if finished is None:
-            self._check_head()
-            inside = tuple(f"{prefix}." for prefix in architecture.blocks)
-            head = architecture.head.linears[0] + "."
-            names = [n for n in self.model.reader.infos if not n.startswith(inside) and not n.startswith(head)]
-            outcomes = self._compress_outer(architecture.embedding, None)
-            finished = self.shards.write(ENTRY, names, outcomes)
-            self.journal.add(finished)
-        self.result.layers.update(finished.layers)
-        if table in self.plan.layers:  # a table is never plain: no method makes one so
-            with CheckpointReader(self.out, read_header(self.out / finished.file)) as reader:
-                self.model.replace_table(self.layers.read(table, reader))
-        elif self.plan.rewrites:  # rows of a rewritten table would be made again for every batch
-            self.model.table_reader = CheckpointReader(self.out, read_header(self.out / finished.file))
-
-    def _check_head(self) -> None:
-        """A head that cannot be used ends the run now and not behind the last block."""
-        for name in self.model.reader.infos:
-            if name.startswith(self.plan.architecture.head.linears[0] + "."):
-                for _ in finite_chunks(self.model.reader, name):
-                    pass
-
-    def _head(self, finished: BlockEntry | None, hidden: HiddenStates) -> None:
-        """The head: compressed if asked for, on the final normed hidden states; else copied."""
-        architecture = self.plan.architecture
-        head = architecture.head.linears[0]
-        if finished is None:
-            outcomes = self._compress_outer(architecture.head, hidden)
-            names = [n for n in self.model.reader.infos if n.startswith(head + ".")]
-            extra = {}
-            if self.plan.untied and head not in outcomes:
-                extra[f"{head}.weight"] = self.shards.dense_table()
-            finished = self.shards.write(architecture.n_blocks, names, outcomes, extra)
-            self.journal.add(finished)
-        self.result.layers.update(finished.layers)
-
-    def _compress_outer(self, site: Site, hidden: HiddenStates | None) -> dict[str, Outcome]:
-        """The token table (no inputs) or the head (inputs: the final normed hidden states)."""
-        name = site.linears[0]
-        outcomes: dict[str, Outcome] = {}
-        for step in self.steps:
-            if name not in step.configs:
-                continue
-            width = self.plan.layers[name].in_features
-            statistics = None
-            requests = step.method.statistics(step.configs[name])
-            if hidden is not None and requests:
-                n_tokens = sum(ids.numel() for ids in self.batches)
-                gatherer = gather(requests, width, n_tokens, self.generator(step, site.name, "statistics"))
-                for x in self.normed(hidden):
-                    gatherer.add(x)
-                statistics = gatherer.result(f"{name} ({step.method.name})")
-            target = self.layers.outer_target(site, outcomes.get(name))
-            done = self._compress_targets(site, step, [target], statistics)
-            outcomes |= {name: merged(outcomes.get(name), outcome) for name, outcome in done.items()}
-        return outcomes
 
     def normed(self, hidden: HiddenStates) -> Iterator[Tensor]:
         for batch in range(len(hidden)):
