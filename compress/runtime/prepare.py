@@ -95,14 +95,18 @@ def packed_bytes(model: nn.Module) -> int:
 def arithmetic(model: nn.Module) -> dict[str, object]:
     """What runs the quantized linears of a loaded model, for reports.
 
-    Returns: "kernels" "reference" or the instruction set of the native ones, "activations" "float" or "int8", "products" how
-        many there are of the native ones, for "linears" linears.
+    Returns: "kernels" "reference", the instruction set of the native ones, or "cuda", "activations" "float" or "int8" (a GPU
+        rounds none), "products" how many there are of the native ones, for "linears" linears.
     """
     linears = packed_linears(model)
     products = {id(m.packed): m.packed for m in linears if m.packed is not None}
-    ways = sorted({packed.activations for packed in products.values()})
+    on_gpu = [packed.weight.buffer.is_cuda for packed in products.values()]
+    ways = sorted(
+        {"float" if gpu else packed.activations for gpu, packed in zip(on_gpu, products.values(), strict=True)}
+    )
+    runs = sorted({"cuda" if gpu else str(native.current_isa()) for gpu in on_gpu})
     return {
-        "kernels": native.current_isa() if linears else "reference",
+        "kernels": " and ".join(runs) or "reference",
         "activations": " and ".join(ways) or "float",
         "products": len(products),
         "linears": len(linears),
