@@ -12,10 +12,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 import compress
 from compress.kernels import native
 from compress.runtime.prepare import arithmetic, packed_linears
-from tests.runs import recipe_for
+from tests.runs import fingerprints, recipe_for
 from tests.tiny_models import save_tiny
 
 pytestmark = pytest.mark.skipif(native.absent() is not None, reason=f"needs the compiled kernels: {native.absent()}")
+FAMILIES = ("llama_gqa_tied", "gpt2", "mixtral")
 IDS = torch.arange(24).view(2, 12)
 
 
@@ -24,15 +25,19 @@ def packing(monkeypatch):
     monkeypatch.delenv("COMPRESS_PACK", raising=False)
 
 
-@pytest.fixture(scope="module", params=["llama_gqa_tied", "gpt2", "mixtral"])
+def recipe(family: str, place: Path):
+    steps = [{"gptq": {"bits": 4, "group_size": 32, "symmetric": family == "gpt2"}}]
+    return recipe_for(place / "model", steps, place / "text.txt", evaluation=False)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory) -> Path:
     """A result: compressed-tensors, our own format (Conv1D), a mixture whose experts are unfused at load."""
     place = tmp_path_factory.mktemp(request.param)
     text = place / "text.txt"
     text.write_text("the old bridge under the river " * 60)
     save_tiny(request.param, place / "model")
-    steps = [{"rtn": {"bits": 4, "group_size": 32, "symmetric": request.param == "gpt2"}}]
-    compress.run(recipe_for(place / "model", steps, text, evaluation=False), place / "out")
+    compress.run(recipe(request.param, place), place / "out")
     return place / "out"
 
 
@@ -75,3 +80,11 @@ def test_from_pretrained_packs_too(folder, monkeypatch):
     assert len(packed_linears(part)) == 12
     monkeypatch.setenv("COMPRESS_PACK", "off")
     assert packed_linears(AutoModelForCausalLM.from_pretrained(folder)) == []
+
+
+def test_the_pass_does_not_depend_on_it(folder):
+    """Blocks are run on dense copies there: with kernels allowed, a run writes the same bytes."""
+    family = next(family for family in FAMILIES if family in folder.parent.name)
+    before = fingerprints(folder)
+    compress.run(recipe(family, folder.parent), folder, overwrite=True)
+    assert fingerprints(folder) == before

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers import StaticCache
 
 from compress.errors import RecipeError
 from compress.kernels import native, packed
@@ -266,6 +267,13 @@ def test_compiles_without_a_break(backend, counted):
         compiled = torch.compile(model, fullgraph=True, backend=backend)
         for _ in range(2):
             torch.testing.assert_close(compiled(prompt(), use_cache=False).logits, expected, **EXACT)
+        cache = StaticCache(config=model.config, max_cache_len=12)
+        first = compiled(prompt(), past_key_values=cache).logits
+        torch.testing.assert_close(first, expected, **EXACT)
+        token = prompt(8)[:, -1:]
+        step = compiled(token, past_key_values=cache).logits
+        whole = torch.cat([prompt(), token], dim=1)
+        torch.testing.assert_close(step, model(whole, use_cache=False).logits[:, -1:], **EXACT)
     torch._dynamo.reset()
 
 
