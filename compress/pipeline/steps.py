@@ -211,6 +211,9 @@ def _plan_step(
     if method.by_blocks:
         with naming(where):
             method.window(used)  # type: ignore[attr-defined]
+    if method.stacks:
+        with naming(where):
+            method.order_rows(used)  # refuses settings that must be those of all layers
     needs_data = any(method.needs_tokens(config) for config in used.values())
     return StepPlan(number, method, used, specs, needs_data, needs_original, kept, folds=folds)
 

@@ -26,7 +26,7 @@ from compress.publish.base_model import card_of, carried
 from compress.publish.card import ANYWHERE, FIGURE, is_local, is_untouched, model_card, signed
 
 BESIDE = (
-    "config.json", "*.safetensors.index.json", RECIPE, CARD, REPORT, "compress_*.html", "compress_*.json",
+    "config.json", "*.safetensors.index.json", RECIPE, CARD, REPORT, "compress_*.html", "compress_*.json", "stack.json",
     "quantize_config.json", "quant_config.json", *SIDE_FILES,
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
@@ -97,7 +97,7 @@ def read_result(folder: Path) -> Result:
         raise CheckpointError(
             f"{folder / REPORT}: not the report of a run of this version; make the result again with --overwrite"
         )
-    weights = tuple(file.name for file in weight_files(folder))
+    weights = tuple(file.name for file in (*weight_files(folder), *sorted(folder.glob("stack-*.safetensors"))))
     listed = (report or {}).get("files", {})
     for name, size in listed.items():
         file = folder / name
