@@ -26,7 +26,7 @@ Workspace workspace_of(int64_t out_features, int64_t in_features) {
   const int64_t n_tiles = ceil_div(in_features, ck::COLUMNS), rows = round_up(out_features, ck::ROWS);
   const int64_t y_at = n_tiles * max64(ck::FLOAT_TILE * 4, ck::WORD_TILE * 2);
   const int64_t factors_at = y_at + rows * 4, steps_at = factors_at + rows * ck::LANES * 4;
-  return {y_at, factors_at, steps_at, steps_at + n_tiles * ck::LANES * 4};
+  return {y_at, factors_at, steps_at, steps_at + n_tiles * 4};
 }
 
 int check(const ck_sign_block* blocks, int64_t n_blocks, int64_t out_features, int64_t in_features, int32_t n_threads) {
@@ -90,6 +90,9 @@ void one_token(SignPlanesCall& call, const ck::SignPlanesKernels* kernels, bool 
   }
 }
 
+// Of row i in `y` as words leave it.
+CK_INLINE int64_t place_of(int64_t i) { return i - i % ck::ROWS + i % 2 * (ck::ROWS / 2) + i % ck::ROWS / 2; }
+
 CK_INLINE void store_at(void* p, int32_t dtype, int64_t i, float f) {
   if (dtype == CK_F32) static_cast<float*>(p)[i] = f;
   else static_cast<uint16_t*>(p)[i] = dtype == CK_BF16 ? bf16_of_float(f) : f16_of_float(f);
@@ -134,7 +137,8 @@ extern "C" int ck_sign_planes_linear(const ck_sign_block* blocks, int64_t n_bloc
       call.x = at(x, x_dtype, token * x_stride);
       one_token(call, kernels, words, thread, n);
       for (int64_t i = groups.begin * ck::ROWS; i < min64(groups.end * ck::ROWS, out_features); i++)
-        store_at(out, x_dtype, token * out_stride + i, call.y[i] + (bias ? float_at(bias, bias_dtype, i) : 0.0f));
+        store_at(out, x_dtype, token * out_stride + i,
+                 call.y[words ? place_of(i) : i] + (bias ? float_at(bias, bias_dtype, i) : 0.0f));
     }
   });
   return CK_OK;

@@ -36,9 +36,9 @@ struct SignPlanesCall {
   int64_t rank, first_rank;
   int n_ranks;
   void* tables;           // [tile]: floats [FLOAT_TILE] or int16 [WORD_TILE]
-  float* steps;           // words: [tile][LANES], what a unit of the tables is worth
+  float* steps;           // words: [tile], what a unit of the tables is worth
   float* factors;         // words: [rows / ROWS][LANES][ROWS], the left factor; floats: sums [out][LANES]
-  float* y;               // [out rounded up to ROWS]
+  float* y;               // [out rounded up to ROWS]; words: of ROWS rows those of even number before those of odd
 
   float* inner;           // rows: right factors [stripe of columns][all ranks][STRIPE]
   float* outer;           // left factors [row][all ranks]

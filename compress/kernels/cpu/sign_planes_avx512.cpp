@@ -39,10 +39,9 @@ void word_tables(const SignPlanesCall& call, int64_t first_tile, int64_t end_til
       _mm512_store_ps(z[i], value);
       size = _mm512_add_ps(size, _mm512_abs_ps(value));
     }
-    const __m512 step = _mm512_mul_ps(size, _mm512_set1_ps(1 / LARGEST));
-    const __mmask16 some = _mm512_cmp_ps_mask(size, _mm512_setzero_ps(), _CMP_NEQ_UQ);  // NaN stays NaN, by the step
-    const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(LARGEST), size);
-    _mm512_storeu_ps(call.steps + tile * LANES, step);
+    const float total = _mm512_reduce_add_ps(size), largest = _mm512_reduce_max_ps(size);  // of one rank: what a sum may reach
+    call.steps[tile] = total - total == 0 ? largest / LARGEST : total;  // what is not finite stays so
+    const __m512 inverse = _mm512_set1_ps(largest > 0 ? LARGEST / largest : 0);
     for (int i = 0; i < COLUMNS; i++) {
       const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(z[i]), inverse));
       _mm256_store_si256(reinterpret_cast<__m256i*>(q[i]), _mm512_cvtepi32_epi16(rounded));
@@ -62,7 +61,7 @@ void word_tables(const SignPlanesCall& call, int64_t first_tile, int64_t end_til
   }
 }
 
-// The left factor of 32 rows, transposed: [rank][row].
+// The left factor of 32 rows, transposed: [rank][row], rows of even number before those of odd.
 void word_factors(const SignPlanesCall& call, int64_t first_group, int64_t end_group) {
   for (int64_t group = first_group; group < end_group; group++) {
     float* to = call.factors + group * LANES * ROWS;
@@ -74,10 +73,10 @@ void word_factors(const SignPlanesCall& call, int64_t first_group, int64_t end_g
                                    : _mm512_setzero_ps());
     }
     const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                              _mm512_set1_epi32(LANES));
+                                              _mm512_set1_epi32(2 * LANES));
     for (int c = 0; c < call.n_ranks; c++)
       for (int half = 0; half < 2; half++)
-        _mm512_storeu_ps(to + c * ROWS + half * 16, _mm512_i32gather_ps(places, &rows[half * 16][c], 4));
+        _mm512_storeu_ps(to + c * ROWS + half * 16, _mm512_i32gather_ps(places, &rows[half][c], 4));
   }
 }
 
@@ -113,8 +112,12 @@ void word_rows(const SignPlanesCall& call, int64_t first_group, int64_t end_grou
   const int64_t n_tiles = ceil_div(call.in_features, COLUMNS);
   for (int64_t tile = 0; tile < n_tiles; tile++) {  // the tables of a tile stay in the first-level cache
     const __m512i* tables = reinterpret_cast<const __m512i*>(static_cast<const int16_t*>(call.tables) + tile * ck::WORD_TILE);
-    const float* steps = call.steps + tile * LANES;
+    const __m512 step = _mm512_set1_ps(call.steps[tile]);
+    const __m512i first_of_two = _mm512_set1_epi32(1), second_of_two = _mm512_set1_epi32(1 << 16);
     for (int64_t group = first_group; group < end_group; group++) {
+      if (tile % 8 == 0 && group + 2 < end_group)  // lines that are new, in rows far apart: nothing else sees them coming
+        for (int r = 0; r < ROWS; r++)
+          __builtin_prefetch(call.signs + ((group + 1) * ROWS + r) * call.row_bytes + tile * 8);
       const Words s = signs_of(call, group * ROWS, tile * 8);
       __m512i index[WORD_TABLES];  // vpermw reads the lowest five bits of a lane
       for (int w = 0; w < 4; w++) {
@@ -128,7 +131,7 @@ void word_rows(const SignPlanesCall& call, int64_t first_group, int64_t end_grou
       index[12] = _mm512_ternarylogic_epi32(over, _mm512_srli_epi16(s.w[3], 12), _mm512_set1_epi16(8), 0xf8);
       const float* factors = call.factors + group * LANES * ROWS;
       float* y = call.y + group * ROWS;
-      __m512 low = _mm512_loadu_ps(y), high = _mm512_loadu_ps(y + 16);
+      __m512 even_rows = _mm512_setzero_ps(), odd_rows = _mm512_setzero_ps();
       for (int c = 0; c < call.n_ranks; c++) {
         const __m512i* table = tables + c * WORD_TABLES;
         __m512i even = _mm512_permutexvar_epi16(index[0], table[0]), odd = _mm512_permutexvar_epi16(index[1], table[1]);
@@ -138,14 +141,13 @@ void word_rows(const SignPlanesCall& call, int64_t first_group, int64_t end_grou
         }
         even = _mm512_add_epi16(even, _mm512_permutexvar_epi16(index[12], table[12]));
         const __m512i sum = _mm512_add_epi16(even, odd);
-        const __m512 step = _mm512_set1_ps(steps[c]);
-        const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(sum)));
-        const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sum, 1)));
-        low = _mm512_fmadd_ps(_mm512_mul_ps(first, step), _mm512_loadu_ps(factors + c * ROWS), low);
-        high = _mm512_fmadd_ps(_mm512_mul_ps(second, step), _mm512_loadu_ps(factors + c * ROWS + 16), high);
+        const __m512 of_even = _mm512_cvtepi32_ps(_mm512_madd_epi16(sum, first_of_two));  // widened; no shuffles: these are scarce
+        const __m512 of_odd = _mm512_cvtepi32_ps(_mm512_madd_epi16(sum, second_of_two));
+        even_rows = _mm512_fmadd_ps(of_even, _mm512_loadu_ps(factors + c * ROWS), even_rows);
+        odd_rows = _mm512_fmadd_ps(of_odd, _mm512_loadu_ps(factors + c * ROWS + 16), odd_rows);
       }
-      _mm512_storeu_ps(y, low);
-      _mm512_storeu_ps(y + 16, high);
+      _mm512_storeu_ps(y, _mm512_fmadd_ps(even_rows, step, _mm512_loadu_ps(y)));
+      _mm512_storeu_ps(y + 16, _mm512_fmadd_ps(odd_rows, step, _mm512_loadu_ps(y + 16)));
     }
   }
 }
