@@ -26,7 +26,7 @@ SHARED = 32 << 20  # size of a mapping that small buffers share
 def allocate(n_bytes: int) -> Tensor:
     """uint8 [n_bytes], not initialised; the address is a multiple of 64."""
     if not huge_pages_possible():
-        return _aligned(torch.empty(n_bytes + ALIGNMENT, dtype=torch.uint8), n_bytes)
+        return _aligned(n_bytes)
     if n_bytes >= SHARED // 2:
         return _mapped(n_bytes)[:n_bytes]
     return _SHARED_MAPPING.take(n_bytes)
@@ -47,7 +47,11 @@ def _mapped(n_bytes: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8, count=whole, offset=-address % HUGE_PAGE)
 
 
-def _aligned(memory: Tensor, n_bytes: int) -> Tensor:
+def _aligned(n_bytes: int) -> Tensor:
+    memory = torch.empty(n_bytes, dtype=torch.uint8)
+    if memory.data_ptr() % ALIGNMENT == 0:  # as torch allocates on most systems
+        return memory
+    memory = torch.empty(n_bytes + ALIGNMENT, dtype=torch.uint8)
     start = -memory.data_ptr() % ALIGNMENT
     return memory[start : start + n_bytes]
 

@@ -87,14 +87,14 @@ extern "C" int ck_linear(const ck_weight* weight, const void* buffer, int64_t bu
   const bool a8 = activations == CK_A8;
   const ck::LinearKernels* kernels = kernels_of(ck_isa_current(), !a8 && x_dtype == CK_BF16);
   const int64_t unit = a8 ? kernels->a8_unit : kernels->a16_unit, n_units = ceil_div(l.n_tiles, unit);
-  const int group = a8 ? kernels->a8_group : kernels->a16_group;
   parallel(int(min64(n_threads, n_units)), [&](int thread, int n) {
     LinearCall mine = call;
     const Range units = share(n_units, thread, n);
     for (int64_t first = 0; first < tokens; first += ck::SLAB) {
       mine.first_token = first;
       mine.n_tokens = min64(ck::SLAB, tokens - first);
-      mine.n_groups = ceil_div(mine.n_tokens, group);
+      mine.direct = a8 && mine.n_tokens <= kernels->a8_direct_tokens;
+      mine.n_groups = ceil_div(mine.n_tokens, mine.direct ? kernels->a8_direct_group : a8 ? kernels->a8_group : kernels->a16_group);
       if (first > 0) { CK_BARRIER }  // nobody reads the activations of the slab before
       const Range pairs = share(mine.n_tokens * mine.layout.n_blocks, thread, n);
       (a8 ? kernels->a8_prepare : kernels->a16_prepare)(mine, pairs.begin, pairs.end);

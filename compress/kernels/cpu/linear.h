@@ -28,6 +28,7 @@ struct LinearCall {
 
   int64_t first_token, n_tokens;
   int64_t n_groups, padded_inputs;
+  bool direct;  // A8: codes are not unpacked first
   int8_t* q;
   float* q_scale;
   int32_t* q_sum;
@@ -38,7 +39,8 @@ struct LinearCall {
 constexpr int64_t A16_BYTES = 8;  // per input and token
 
 struct LinearKernels {
-  int a8_group, a8_unit;  // most tokens in a group; tiles that a thread should take together
+  int a8_direct_tokens, a8_direct_group;  // up to so many tokens codes are not unpacked first; most tokens in a group then
+  int a8_group, a8_unit;                  // most tokens in a group; tiles that a thread should take together
   void (*a8_prepare)(const LinearCall& call, int64_t begin, int64_t end);  // (token, block) pairs, blocks innermost
   void (*a8_run)(const LinearCall& call, int64_t first_tile, int64_t end_tile);
   int a16_group, a16_unit;
@@ -51,7 +53,7 @@ const LinearKernels* linear_avx2();
 const LinearKernels* linear_avx2vnni();    // AVX-VNNI
 const LinearKernels* linear_avx2vnni_vl(); // the same with the encoding of AVX-512
 const LinearKernels* linear_avx512();
-const LinearKernels* linear_avx512bf16();
+const LinearKernels* linear_avx512bf16();  // A16 only
 
 }  // namespace ck
 

@@ -3,7 +3,7 @@
 // Codes become bfloat16 by an or with 0x4300 = 128, whose last mantissa bit is worth 1: (w & 0x000f000f) | 0x43004300 are
 // two numbers 128 + code, in the lower and the upper half of a row's four bytes, so that inputs k and k + 2 meet in a pair.
 // Codes of 2 bits stay at bits 2 and 4, too: 128 + 4 code, 128 + 16 code, with a sum of their own each. Codes of 8 bits are
-// two of 4. What the 128s add is taken off in the block's first sum (a16_sum: `offset`, then the plain sums in q_sum).
+// two of 4, or whole ones after a conversion. What the 128s add is taken off in the block's first sum (a16_sum: `offset`, then the plain sums in q_sum).
 //
 // Activations are cut into parts of 8 significant bits: bfloat16 is one, float16 two, float32 three; all products are exact.
 //   a16 [block][chunk][pair][part][T] pairs of bfloat16
@@ -91,46 +91,67 @@ CK_INLINE void products(__m512 (&acc)[T], __m512i codes, const uint32_t* a) {
       acc[t] = _mm512_dpbf16_ps(acc[t], (__m512bh)codes, (__m512bh)_mm512_set1_epi32(int(a[part * T + t])));
 }
 
-constexpr int sums_of(int bits) { return bits == 8 ? 2 : bits == 2 ? 3 : 1; }
+// Codes of 8 bits in one piece, by a conversion; worth it when many products share it.
+constexpr bool whole(int bits, int products) { return bits == 8 && products >= 4; }
+constexpr int kinds_of(int bits, int products) { return whole(bits, products) ? 1 : bits == 8 ? 2 : bits == 2 ? 3 : 1; }
+// Sums of one kind that take turns: an instruction waits six cycles for its sum.
+constexpr int turns_of(int bits, int tokens, int products) {
+  if (kinds_of(bits, products) > 1) return tokens == 1 ? 2 : 1;
+  return tokens > 4 ? 1 : tokens > 2 || bits == 8 ? 2 : 4;
+}
 
+// Two bytes of each row, j and j + 2, as bfloat16: 8 bits are exact there.
+template <int J>
+CK_INLINE __m512i converted(__m512i w) {
+  const __m512i low = _mm512_castps_si512(P::code<J>(w)), high = _mm512_castps_si512(P::code<J + 2>(w));
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, _mm512_set1_epi32(int(0xffff0000)), 0xf8);
+}
+
+// acc[turn][kind][t]
 template <int BITS, int T, int PARTS>
-CK_INLINE void chunk(__m512 (&acc)[sums_of(BITS)][T], const uint8_t* w, const uint32_t* a) {
-  constexpr int N = T * PARTS;
-  if constexpr (BITS == 8) {
+CK_INLINE void chunk(__m512 (&acc)[turns_of(BITS, T, T * PARTS)][kinds_of(BITS, T * PARTS)][T], const uint8_t* w,
+                     const uint32_t* a) {
+  constexpr int N = T * PARTS, TURNS = turns_of(BITS, T, N);
+  if constexpr (whole(BITS, N)) {
     const __m512i all = P::bytes(w);
-    products<T, PARTS>(acc[0], magic(all, 15), a);
-    products<T, PARTS>(acc[1], magic(_mm512_srli_epi32(all, 4), 15), a);
-    products<T, PARTS>(acc[0], magic(_mm512_srli_epi32(all, 8), 15), a + N);
-    products<T, PARTS>(acc[1], magic(_mm512_srli_epi32(all, 12), 15), a + N);
+    products<T, PARTS>(acc[0][0], converted<0>(all), a);
+    products<T, PARTS>(acc[1 % TURNS][0], converted<1>(all), a + N);
+  } else if constexpr (BITS == 8) {
+    const __m512i all = P::bytes(w);
+    products<T, PARTS>(acc[0][0], magic(all, 15), a);
+    products<T, PARTS>(acc[0][1], magic(_mm512_srli_epi32(all, 4), 15), a);
+    products<T, PARTS>(acc[1 % TURNS][0], magic(_mm512_srli_epi32(all, 8), 15), a + N);
+    products<T, PARTS>(acc[1 % TURNS][1], magic(_mm512_srli_epi32(all, 12), 15), a + N);
   } else if constexpr (BITS == 4) {
     const __m512i all = P::bytes(w);
-    products<T, PARTS>(acc[0], magic(all, 15), a);
-    products<T, PARTS>(acc[0], magic(_mm512_srli_epi32(all, 4), 15), a + N);
-    products<T, PARTS>(acc[0], magic(_mm512_srli_epi32(all, 8), 15), a + 2 * N);
-    products<T, PARTS>(acc[0], magic(_mm512_srli_epi32(all, 12), 15), a + 3 * N);
+    products<T, PARTS>(acc[0][0], magic(all, 15), a);
+    products<T, PARTS>(acc[1 % TURNS][0], magic(_mm512_srli_epi32(all, 4), 15), a + N);
+    products<T, PARTS>(acc[2 % TURNS][0], magic(_mm512_srli_epi32(all, 8), 15), a + 2 * N);
+    products<T, PARTS>(acc[3 % TURNS][0], magic(_mm512_srli_epi32(all, 12), 15), a + 3 * N);
   } else if constexpr (BITS == 2) {
     const __m512i all = P::bytes(w), six = _mm512_srli_epi32(all, 6), twelve = _mm512_srli_epi32(all, 12);
-    products<T, PARTS>(acc[0], magic(all, 3), a);
-    products<T, PARTS>(acc[1], magic(all, 12), a + N);
-    products<T, PARTS>(acc[2], magic(all, 48), a + 2 * N);
-    products<T, PARTS>(acc[0], magic(six, 3), a + 3 * N);
-    products<T, PARTS>(acc[1], magic(six, 12), a + 4 * N);
-    products<T, PARTS>(acc[2], magic(six, 48), a + 5 * N);
-    products<T, PARTS>(acc[0], magic(twelve, 3), a + 6 * N);
-    products<T, PARTS>(acc[1], magic(twelve, 12), a + 7 * N);
+    products<T, PARTS>(acc[0][0], magic(all, 3), a);
+    products<T, PARTS>(acc[0][1], magic(all, 12), a + N);
+    products<T, PARTS>(acc[0][2], magic(all, 48), a + 2 * N);
+    products<T, PARTS>(acc[1 % TURNS][0], magic(six, 3), a + 3 * N);
+    products<T, PARTS>(acc[1 % TURNS][1], magic(six, 12), a + 4 * N);
+    products<T, PARTS>(acc[1 % TURNS][2], magic(six, 48), a + 5 * N);
+    products<T, PARTS>(acc[0][0], magic(twelve, 3), a + 6 * N);
+    products<T, PARTS>(acc[0][1], magic(twelve, 12), a + 7 * N);
   } else {
     __m512i field[8];
     fields_of<P, 3>(w, field);
     CK_UNROLL for (int f = 0; f < 8; f++) {
-      products<T, PARTS>(acc[0], magic(field[f], 7), a + 2 * f * N);
-      products<T, PARTS>(acc[0], magic(_mm512_srli_epi32(field[f], 8), 7), a + (2 * f + 1) * N);
+      products<T, PARTS>(acc[2 * f % TURNS][0], magic(field[f], 7), a + 2 * f * N);
+      products<T, PARTS>(acc[(2 * f + 1) % TURNS][0], magic(_mm512_srli_epi32(field[f], 8), 7), a + (2 * f + 1) * N);
     }
   }
 }
 
 template <int BITS, int T, int PARTS>
 CK_NOINLINE void tiles(const LinearCall& call, int64_t first_tile, int64_t end_tile, Group g) {
-  constexpr int SUMS = sums_of(BITS), STEP = pairs_of(BITS) * PARTS * T;
+  constexpr int KINDS = kinds_of(BITS, T * PARTS), TURNS = turns_of(BITS, T, T * PARTS);
+  constexpr int STEP = pairs_of(BITS) * PARTS * T;
   const Layout& l = call.layout;
   const uint32_t* x = reinterpret_cast<const uint32_t*>(call.a16) + g.first * call.padded_inputs / 2 * PARTS;
   const float* offset = call.a16_sum + g.first * l.n_blocks;
@@ -143,10 +164,12 @@ CK_NOINLINE void tiles(const LinearCall& call, int64_t first_tile, int64_t end_t
     CK_UNROLL for (int t = 0; t < T; t++) total[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < l.n_blocks; b++) {
       const Grid<P> grid = grid_of<P>(call, tile, b, 0);
-      __m512 acc[SUMS][T];
+      __m512 acc[TURNS][KINDS][T];
       CK_UNROLL for (int t = 0; t < T; t++) {
-        acc[0][t] = _mm512_set1_ps(-offset[b * T + t] - zero * a_sum[b * T + t]);
-        CK_UNROLL for (int s = 1; s < SUMS; s++) acc[s][t] = _mm512_setzero_ps();
+        CK_UNROLL for (int i = 0; i < TURNS; i++)
+          CK_UNROLL for (int kind = 0; kind < KINDS; kind++) acc[i][kind][t] = _mm512_setzero_ps();
+        const float before = whole(BITS, T * PARTS) ? 0.0f : -offset[b * T + t];
+        acc[0][0][t] = _mm512_set1_ps(before - zero * a_sum[b * T + t]);
       }
       for (int64_t c = 0; c < l.chunks_per_block; c++, w += chunk_bytes_of(BITS), a += STEP) {
         P::prefetch(w);
@@ -154,11 +177,13 @@ CK_NOINLINE void tiles(const LinearCall& call, int64_t first_tile, int64_t end_t
         chunk<BITS, T, PARTS>(acc, w, a);
       }
       CK_UNROLL for (int t = 0; t < T; t++) {
-        __m512 sum = acc[0][t];
-        if constexpr (BITS == 8) sum = _mm512_fmadd_ps(acc[1][t], _mm512_set1_ps(16.0f), sum);
+        CK_UNROLL for (int i = 1; i < TURNS; i++)
+          CK_UNROLL for (int kind = 0; kind < KINDS; kind++) acc[0][kind][t] = _mm512_add_ps(acc[0][kind][t], acc[i][kind][t]);
+        __m512 sum = acc[0][0][t];
+        if constexpr (BITS == 8 && KINDS == 2) sum = _mm512_fmadd_ps(acc[0][1][t], _mm512_set1_ps(16.0f), sum);
         if constexpr (BITS == 2) {
-          sum = _mm512_fmadd_ps(acc[1][t], _mm512_set1_ps(0.25f), sum);
-          sum = _mm512_fmadd_ps(acc[2][t], _mm512_set1_ps(0.0625f), sum);
+          sum = _mm512_fmadd_ps(acc[0][1][t], _mm512_set1_ps(0.25f), sum);
+          sum = _mm512_fmadd_ps(acc[0][2][t], _mm512_set1_ps(0.0625f), sum);
         }
         if (call.zeros) sum = _mm512_fnmadd_ps(grid.zero, _mm512_set1_ps(a_sum[b * T + t]), sum);
         total[t] = _mm512_fmadd_ps(sum, grid.scale, total[t]);
@@ -198,11 +223,8 @@ void a16_run(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
   }
 }
 
+const ck::LinearKernels kernels = {0, 0, 0, 0, nullptr, nullptr, GROUP, 1, a16_prepare, a16_run};
+
 }  // namespace
 
-const ck::LinearKernels* ck::linear_avx512bf16() {
-  static const LinearKernels* const narrow = linear_avx512();
-  static const LinearKernels kernels = {narrow->a8_group, narrow->a8_unit, narrow->a8_prepare, narrow->a8_run,
-                                        GROUP, 1, a16_prepare, a16_run};
-  return &kernels;
-}
+const ck::LinearKernels* ck::linear_avx512bf16() { return &kernels; }

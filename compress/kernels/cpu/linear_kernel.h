@@ -6,7 +6,8 @@
 //                            w - FULL_OFFSET is what is multiplied
 //   wide(BITS, T)            codes may stay where they are in their byte (times 2^shift; an accumulator per shift): no shifts
 //                            in the loop, if registers for T tokens suffice
-//   NR, MT                   tiles and tokens of the register block; DIRECT: up to so many tokens codes are not unpacked first
+//   NR, MT                   tiles and tokens of the register block
+//   DIRECT                   most tokens for which codes are multiplied as they are unpacked; up to DIRECT_TOKENS, in groups of that
 //
 // A8: int32 sums over a block, exact; then total += float(sum) * (weight scale * activation scale). This is the same
 // sequence of operations whatever the number of tokens and threads: a token's result does not depend on them.
@@ -323,15 +324,24 @@ void a8_tiles(const LinearCall& call, int64_t tile) {
 }
 
 template <class P, int BITS, int T = P::DIRECT>
-void a8_bits(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
+CK_INLINE void a8_direct_of(const LinearCall& call, int64_t first_tile, int64_t end_tile, Group g) {
   if constexpr (T > 0) {
-    if (call.n_tokens == T) a8_direct<P, BITS, T>(call, first_tile, end_tile, {0, T});
-    else a8_bits<P, BITS, T - 1>(call, first_tile, end_tile);
-  } else {
-    int64_t tile = first_tile;
-    for (; tile + P::NR <= end_tile; tile += P::NR) a8_tiles<P, BITS, P::NR>(call, tile);
-    for (; tile < end_tile; tile++) a8_tiles<P, BITS, 1>(call, tile);
+    if (g.tokens == T) a8_direct<P, BITS, T>(call, first_tile, end_tile, g);
+    else a8_direct_of<P, BITS, T - 1>(call, first_tile, end_tile, g);
   }
+}
+
+template <class P, int BITS>
+void a8_bits(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
+  int64_t tile = first_tile;
+  if (call.direct) {
+    const int64_t step = call.n_groups == 1 ? end_tile - first_tile : 1;  // else a tile stays in cache for all tokens
+    for (; tile < end_tile; tile += step)
+      for (int64_t i = 0; i < call.n_groups; i++) a8_direct_of<P, BITS>(call, tile, tile + step, group_at(call, i));
+    return;
+  }
+  for (; tile + P::NR <= end_tile; tile += P::NR) a8_tiles<P, BITS, P::NR>(call, tile);
+  for (; tile < end_tile; tile++) a8_tiles<P, BITS, 1>(call, tile);
 }
 
 template <class P>
@@ -411,7 +421,7 @@ void a16_run(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
 
 template <class P>
 constexpr ck::LinearKernels table() {
-  return {P::MT, P::NR, a8_prepare<P>, a8_run<P>, A16_TOKENS, 1, a16_prepare_floats<P>, a16_run<P>};
+  return {P::DIRECT_TOKENS, P::DIRECT, P::MT, P::NR, a8_prepare<P>, a8_run<P>, A16_TOKENS, 1, a16_prepare_floats<P>, a16_run<P>};
 }
 
 }  // namespace

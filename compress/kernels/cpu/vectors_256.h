@@ -17,7 +17,7 @@ struct Avx2 {
   struct Bytes { __m256i lo, hi; };
   struct Ints { __m256i lo, hi; };
   struct Floats { __m256 lo, hi; };
-  static constexpr int NR = 1, MT = 6, DIRECT = 4;
+  static constexpr int NR = 1, MT = 6, DIRECT = 4, DIRECT_TOKENS = 4;
   static constexpr int FULL_OFFSET = CK_VNNI ? 0 : 128;
   static constexpr int PREFETCH = 2048;
   static constexpr bool wide(int bits, int tokens) {

@@ -13,7 +13,7 @@ struct Avx512 {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
-  static constexpr int NR = 2, MT = 12, DIRECT = 8, FULL_OFFSET = 0;
+  static constexpr int NR = 2, MT = 12, DIRECT = 8, DIRECT_TOKENS = 32, FULL_OFFSET = 0;
   static constexpr int PREFETCH = 2048;  // bytes ahead in the stream of codes
   static constexpr bool wide(int bits, int tokens) { return (bits == 3 ? 8 : bits == 2 ? 4 : 2) * tokens <= 24; }
 

@@ -15,7 +15,7 @@ struct Portable {
   struct Bytes { Words v; };  // four bytes to a row, the first one lowest
   struct Ints { Signed v; };
   struct Floats { Reals v; };
-  static constexpr int NR = 1, MT = 2, DIRECT = 1, FULL_OFFSET = 0;
+  static constexpr int NR = 1, MT = 2, DIRECT = 1, DIRECT_TOKENS = 1, FULL_OFFSET = 0;
   static constexpr bool wide(int, int) { return false; }
 
   CK_INLINE Bytes bytes(const uint8_t* p) {
