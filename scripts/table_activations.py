@@ -3,7 +3,8 @@
     python scripts/table_activations.py [MODEL ...] [--length 256] [--windows 64]
 
 Each MODEL is a folder of a compressed checkpoint; without any, the shipped model is rounded to 8, 4, 3 and 2 bits first (groups
-of 64). The text is the one held out for the shipped model. KL is of next-token distributions, kept from rounded, in nats per token.
+of 64). The text is the one held out for the shipped model. KL is of next-token distributions, kept from rounded,
+in nats per token.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from torch import Tensor
 import compress
 from compress.calibration.data import load_tokenizer
 from compress.kernels import native
+from compress.kernels.choice import Activations
 from compress.pipeline.run import run
 from compress.recipe import Recipe
 from compress.shipped import heldout_text_path
 
 
-def logits(folder: Path, activations: str, windows: Tensor) -> Iterator[Tensor]:
+def logits(folder: Path, activations: Activations, windows: Tensor) -> Iterator[Tensor]:
     """Log-probabilities of the next token, [length - 1, vocabulary], window by window."""
     model = compress.load(folder, activations=activations)
     for window in windows:
