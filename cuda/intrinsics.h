@@ -62,6 +62,12 @@ CC_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t pattern) {
   return d;
 }
 
+// Computed here, once: without it the compiler saves a register by computing `value` anew in every turn of a loop.
+CC_DEVICE int keep(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 CC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 CC_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 

@@ -136,23 +136,32 @@ CC_DEVICE void step(Sums<NT>& s, const uint32_t* words, const uint32_t (*b)[2], 
   }
 }
 
-// A block that lies in shared memory. codes: of its rows, at this lane's first vector; x: at this lane's first token;
-// scales, zeros: of its rows and first group, at this lane's g.
-template <class T, int BITS, int NT>
-CC_DEVICE void block_product(Sums<NT>& s, const Linear& a, const uint8_t* codes, const uint8_t* x, const uint8_t* scales,
-                             const uint8_t* zeros, bool group_ends) {
+// Where a lane finds its parts of a block in a stage, in bytes.
+struct Places {
+  int codes, x[2], scales, zeros;  // first vector; x of either half of its first token; of its rows and first group, at its g
+};
+CC_DEVICE Places places_of(const Stage& stage, int row, int bits, int first_token, int groups_per_block) {
   const int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+  return {keep(row * block_bytes(bits) + lane * VECTOR_BYTES),
+          {keep(stage.x_at + x_chunk(first_token + g, t)), keep(stage.x_at + x_chunk(first_token + g, 4 + t))},
+          keep(stage.scales_at + row * groups_per_block * SCALE_BYTES + g * 16),
+          keep(stage.zeros_at + row * groups_per_block * ZERO_BYTES + g * 8)};
+}
+
+// A block that lies in a stage.
+template <class T, int BITS, int NT>
+CC_DEVICE void block_product(Sums<NT>& s, const Linear& a, const uint8_t* stage, const Places& at, bool group_ends) {
   uint32_t words[4 * BITS];
 #pragma unroll
   for (int j = 0; j < BITS; ++j) {
-    const uint4 v = load_16(codes + j * LANES * VECTOR_BYTES);
+    const uint4 v = load_16(stage + at.codes + j * LANES * VECTOR_BYTES);
     words[4 * j] = v.x, words[4 * j + 1] = v.y, words[4 * j + 2] = v.z, words[4 * j + 3] = v.w;
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     uint4 v[NT];
 #pragma unroll
-    for (int n = 0; n < NT; ++n) v[n] = load_16(x + n * X_BYTES + x_chunk(g & 1, 4 * h + t) - (g & 1) * BLOCK * 2);
+    for (int n = 0; n < NT; ++n) v[n] = load_16(stage + at.x[h] + n * X_BYTES);
     uint32_t b[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; ++n) b[n][0] = v[n].x, b[n][1] = v[n].y;
@@ -162,7 +171,8 @@ CC_DEVICE void block_product(Sums<NT>& s, const Linear& a, const uint8_t* codes,
     step<T, BITS, NT>(s, words + (2 * h + 1) * BITS, b, !a.symmetric);
     if (a.groups_per_block == 2 || (h == 1 && group_ends)) {
       const int group = a.groups_per_block == 2 ? h : 0;
-      close_group<BITS>(s, scales + group * SCALE_BYTES, zeros + group * ZERO_BYTES, a.symmetric, a.scales_bf16);
+      close_group<BITS>(s, stage + at.scales + group * SCALE_BYTES, stage + at.zeros + group * ZERO_BYTES, a.symmetric,
+                        a.scales_bf16);
     }
   }
 }

@@ -37,10 +37,10 @@ CC_DEVICE DecodeSource<BITS, NT> decode_source(const Linear& a, const Stage& sta
     from.x[n] = a.x + (from.token[n] ? token : 0) * a.x_stride + k * BLOCK + 8 * t;
   }
   from.x_left = a.x_columns - k * BLOCK - 8 * t;
-  from.codes_to = lane * VECTOR_BYTES;
-  from.x_to[0] = stage.x_at + x_chunk(g, t);
-  from.x_to[1] = stage.x_at + x_chunk(g, 4 + t);
-  from.lane_scale = lane;
+  from.codes_to = keep(lane * VECTOR_BYTES);
+  from.x_to[0] = keep(stage.x_at + x_chunk(g, t));
+  from.x_to[1] = keep(stage.x_at + x_chunk(g, 4 + t));
+  from.lane_scale = keep(lane);
   from.walk = walk_from(a, k);
   return from;
 }
@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(DECODE_WARPS* LANES) decode_kernel(Linear a) {
   uint8_t* const ring_end = ring + STAGES<BITS> * stage.bytes;
   const uint64_t policy = read_once();
   DecodeSource<BITS, NT> from = decode_source<BITS, NT>(a, stage, row_block, run.begin);
+  const Places places = places_of(stage, 0, BITS, 0, a.groups_per_block);
   Walk walk = from.walk;
 
   Sums<NT> s;
@@ -99,8 +100,7 @@ __global__ void __launch_bounds__(DECODE_WARPS* LANES) decode_kernel(Linear a) {
     copies_commit();
     to = to + stage.bytes == ring_end ? ring : to + stage.bytes;
     const bool ends = a.groups_per_block == 1 && (k + 1 == run.end || walk.rest + 1 == a.blocks_per_group);
-    block_product<T, BITS, NT>(s, a, here + lane * VECTOR_BYTES, here + stage.x_at + g * BLOCK * 2,
-                               here + stage.scales_at + g * 16, here + stage.zeros_at + g * 8, ends);
+    block_product<T, BITS, NT>(s, a, here, places, ends);
     here = here + stage.bytes == ring_end ? ring : here + stage.bytes;
     advance(a, walk);
   }

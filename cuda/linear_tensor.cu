@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(ROW_WARPS* TW* LANES) tensor_kernel(Linear a) 
   uint8_t* const ring_end = shared + STAGES<BITS> * stage.bytes;
   const uint64_t policy = read_once();
   TensorSource from = tensor_source<BITS, TW>(a, stage, row_block, first_token, run.begin);
+  const Places places = places_of(stage, row_warp, BITS, token_warp * WARP_TOKENS, a.groups_per_block);
   Walk walk = from.walk;
 
   Sums<NT> s;
@@ -101,12 +102,8 @@ __global__ void __launch_bounds__(ROW_WARPS* TW* LANES) tensor_kernel(Linear a) 
     if (k + STAGES<BITS> - 1 < run.end) issue<BITS, TW>(a, stage, from, to, policy);
     copies_commit();
     to = to + stage.bytes == ring_end ? shared : to + stage.bytes;
-    const int groups = row_warp * a.groups_per_block;
     const bool ends = a.groups_per_block == 1 && (k + 1 == run.end || walk.rest + 1 == a.blocks_per_group);
-    block_product<T, BITS, NT>(s, a, here + row_warp * block_bytes(BITS) + lane * VECTOR_BYTES,
-                               here + stage.x_at + (token_warp * WARP_TOKENS + g) * BLOCK * 2,
-                               here + stage.scales_at + groups * SCALE_BYTES + g * 16,
-                               here + stage.zeros_at + groups * ZERO_BYTES + g * 8, ends);
+    block_product<T, BITS, NT>(s, a, here, places, ends);
     here = here + stage.bytes == ring_end ? shared : here + stage.bytes;
     advance(a, walk);
   }

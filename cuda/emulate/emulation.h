@@ -143,6 +143,7 @@ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {  // the product of two h
                                     float_of_half<T>(uint16_t(c >> i)))) << i;
   return d;
 }
+static inline int keep(int value) { return value; }
 static inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t pattern) { return (word & mask) | pattern; }
 static inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
