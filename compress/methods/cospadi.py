@@ -39,7 +39,7 @@ from compress.linalg.finite import all_finite
 from compress.linalg.ksvd import ksvd, random_atoms
 from compress.linalg.orthogonal_dictionary import Learned, orthogonal_dictionary
 from compress.linalg.quadratic import energy, fraction
-from compress.linalg.sparse_coding import fitted, pursue
+from compress.linalg.sparse_coding import ALLOWANCE, EXACT_ATOMS, STAGES, fitted, pursue
 from compress.linalg.whitening import Whitening, whitening
 from compress.methods.base import Extent, Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask, View
 from compress.methods.cospadi_sizes import nbytes_of, sizes_of
@@ -66,7 +66,7 @@ class CoSpaDiConfig(MethodConfig):
         description="orthonormal atoms, or any: some percent less error for many times the work",
     )
     rounds: int | None = Field(
-        None, ge=0, description="codes and dictionary in turn, so often at most; by default 20 of either engine"
+        None, ge=1, description="codes and dictionary in turn, so often at most; by default 20 of either engine"
     )
     start: Literal["orthogonal", "columns"] = Field(
         "orthogonal", description="ksvd: from the orthogonal dictionary, or from random outputs (the paper)"
@@ -148,7 +148,8 @@ class CoSpaDi(SiteMethod):
     def workspace(cls, shapes: tuple[LayerShape, ...], config: CoSpaDiConfig) -> int:
         n = max(s.in_features for s in shapes)
         large = max(s.out_features * s.in_features for s in shapes)
-        return 8 * 4 * n * n + 8 * 4 * large
+        pursued = config.engine == "ksvd" or config.share > 1
+        return 8 * 4 * n * n + 8 * 4 * large + (ALLOWANCE if pursued else 0)
 
     @classmethod
     def flops(cls, shapes: tuple[LayerShape, ...], config: CoSpaDiConfig) -> float:
@@ -178,8 +179,8 @@ class CoSpaDi(SiteMethod):
                 if damping not in whitenings:
                     whitenings[damping] = whitening(moment_of(layer, known), damping)
                 outcomes[layer.name] = _compress_layer(layer, known, whitenings[damping], generator, site)
-            except NumericsError as error:
-                raise NumericsError(f"{layer.name}: cospadi: {error}") from None
+            except (NumericsError, torch.linalg.LinAlgError) as error:
+                raise NumericsError(f"{layer.name}: cospadi: {' '.join(str(error).split())}") from None
         return outcomes
 
 
@@ -266,6 +267,8 @@ def _compress_layer(
             f"dictionary or codes overflow {layer.scale_dtype}; store the result with model.dtype=float32 or bfloat16"
         )
     report = {"atoms": float(n_atoms), "kept": float(n_kept), "rounds": float(len(errors))}
+    if (len(members) > 1 or config.engine == "ksvd") and n_kept > EXACT_ATOMS:
+        report["pursuit_stages"] = float(STAGES)
     report |= {"code_error": errors[-1] if errors else 1.0, **figures(layer, module, known)}
     return Outcome(module, report, notes_of(layer, known, white))
 

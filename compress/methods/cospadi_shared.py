@@ -102,8 +102,8 @@ def _learned(view: View, members: tuple[str, ...], config: Member, moment: Tenso
             torch.cat(rows), n_atoms, n_kept, config, view.generator(f"dictionary/{members[0]}"), Tell(site, members[0])
         )
         return white.back(found.atoms).float()
-    except NumericsError as error:
-        raise NumericsError(f"{members[0]}: cospadi: {error}") from None
+    except (NumericsError, torch.linalg.LinAlgError) as error:
+        raise NumericsError(f"{members[0]}: cospadi: {' '.join(str(error).split())}") from None
 
 
 def _alone(config: CoSpaDiConfig) -> CoSpaDiConfig:
