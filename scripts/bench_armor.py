@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="time one matrix instead")
     parser.add_argument("--size", type=int, default=2048, help="--time: of the matrix")
     parser.add_argument("--block-size", type=int, default=128, help="--time: of the wrappers")
-    parser.add_argument("--ways", nargs="+", choices=(*STEPS, THEIRS), help="--time: only these, for the peak of one alone")
+    parser.add_argument(
+        "--ways", nargs="+", choices=(*STEPS, THEIRS), help="--time: only these, for the peak of one alone"
+    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}, torch {torch.__version__}, commit {commit()}")

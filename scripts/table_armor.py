@@ -16,7 +16,7 @@ from tables import Measure, Settings, parser, show
 
 SCORES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "nowag": "NoWag-P"}
 BLOCKS = (4, 8, 16, 32)
-ITERATIONS = (0, 100, 300, 1000)
+ITERATIONS = (0, 30, 100, 300)
 SIZE = 8  # of the blocks that `iterations` has
 GPTQ = {"clip": "mse", "order": "gar"}
 ROUNDED = (
@@ -32,7 +32,7 @@ CORE = {"bits": 4, "group_size": 64, **GPTQ}  # of armor's core
 def main() -> None:
     tables = {"blocks": blocks, "iterations": iterations, "rounded": rounded}
     arguments = parser(__doc__, tables)
-    arguments.add_argument("--iterations", type=int, default=300, help="of blocks and rounded")
+    arguments.add_argument("--iterations", type=int, default=100, help="of blocks and rounded")
     asked = arguments.parse_args()
     show(tables, asked.tables, Measure(asked))
 
