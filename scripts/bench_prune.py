@@ -15,7 +15,7 @@ import importlib
 import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from statistics import mean
@@ -37,6 +37,7 @@ from compress.shipped import calibration_text_path
 WORST = 1.005  # ours may lose so much more than theirs on any linear
 ROWS, LENGTH = 32, 256  # calibration rows, tokens of each
 PATTERNS = ((2, 4), (4, 8), (0, 0))  # 0:0 is half of all weights, anywhere
+SCORES = ("magnitude", "wanda", "nowag", "sparsegpt")
 SIZE = 4096  # of the linear that is timed
 
 Inputs = dict[str, tuple[Tensor, Tensor]]  # name -> weight [out, in], inputs [rows, length, in]
@@ -49,10 +50,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=shipped.model_path(), help="[default: the one that ships]")
     parser.add_argument("--blocks", type=int, default=None, help="the first so many [default: all]")
     parser.add_argument("--time", action="store_true", help="time one large linear, by every score")
+    parser.add_argument("--scores", nargs="+", default=SCORES, choices=SCORES, help="--time: only these")
     asked = parser.parse_args()
     print(f"{machine()}, torch {torch.__version__}, commit {commit()}")
     if asked.time:
-        timed()
+        timed(asked.scores)
         return
     linears = linears_and_inputs(asked.model, asked.blocks)
     print(f"{len(linears)} linears, {ROWS * LENGTH} tokens; loss as a fraction of the outputs' energy, in float32\n")
@@ -219,7 +221,7 @@ def without_ties(weight: Tensor) -> Tensor:
     return weight * (1 + 1e-4 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
 
 
-def timed() -> None:
+def timed(scores: Sequence[str]) -> None:
     """Print seconds of CPU for one linear of SIZE x SIZE, and what it takes of memory beside its weight and statistics."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SIZE, SIZE, generator=generator) * 0.02
@@ -228,7 +230,7 @@ def timed() -> None:
     squares, moment = SiteStatistics(SIZE, {SquareSum(): flat.square().sum(0)}), flat.T @ flat
     del x, flat
     print("| settings | CPU seconds | peak, MiB | planned, MiB |\n|---|---|---|---|")
-    for score in ("magnitude", "wanda", "nowag", "sparsegpt"):
+    for score in scores:
         for settings in ({"pattern": "2:4"}, {"sparsity": 0.5}):
             config = PruneConfig(**{"score": score, **settings})
             known = squares if score != "sparsegpt" else SiteStatistics(SIZE, {SecondMoment(): moment})
