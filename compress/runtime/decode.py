@@ -40,7 +40,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     usual = {**GenerationConfig().to_dict(), **NEUTRAL}
     for name, value in model.generation_config.to_dict().items():  # type: ignore[union-attr]
         if value and name not in HEEDED and not name.startswith("_") and value != usual.get(name):
-            return f"its generation_config has {name}={value!r}"
+            return f"its generation_config has {name}={value!r:.60}"
     if buffered_cache(model, 1) is None:
         return f"the cache of {model.config.model_type} is not one of keys and values alone"
     return None
