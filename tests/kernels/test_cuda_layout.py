@@ -101,7 +101,10 @@ def test_the_table_covers_every_number_of_tokens_and_unknown_gpus():
     assert all(entry.decode <= gpus.DECODE_TOKENS for entry in gpus.CHOICES.values())
     for rows, inputs in ((1, 1), (64, 64), (224, 64), (64, 224), (2000, 3)):
         for path in ("decode", "tensor"):
-            assert 1 <= gpus.splits(rows, inputs, 132, path, choice) <= min(64, max(1, inputs // 4))
+            parts = gpus.splits(rows, inputs, 132, path, choice)
+            assert 1 <= parts <= min(64, max(1, inputs // 4))
+            blocks, places = (rows, 4 * 132) if path == "decode" else (-(-rows // 4), 132)
+            assert parts == 1 or parts * blocks <= places
 
 
 def test_a_gpu_on_which_nothing_ran_is_asked_for(monkeypatch):

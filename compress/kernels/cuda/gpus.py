@@ -64,9 +64,9 @@ def unusable(name: str, capability: tuple[int, int]) -> str | None:
 
 
 def splits(row_blocks: int, input_blocks: int, multiprocessors: int, path: Path, choose: Choice) -> int:
-    """Into how many parts the inputs are cut, so that every multiprocessor has work: 1 to 64, each with some blocks."""
-    rows, waves, least = (
-        (row_blocks, choose.decode_waves, 4) if path == "decode" else (-(-row_blocks // 4), choose.tensor_waves, 4)
-    )
-    wanted = -(-waves * multiprocessors // rows)
-    return max(1, min(wanted, input_blocks // least, 64))
+    """Into how many parts the inputs are cut, so that every multiprocessor has work: 1 to 64, of at least 4 blocks each.
+
+    Rounded down: thread blocks that find no place run after all others, alone.
+    """
+    rows, waves = (row_blocks, choose.decode_waves) if path == "decode" else (-(-row_blocks // 4), choose.tensor_waves)
+    return max(1, min(waves * multiprocessors // rows, input_blocks // 4, 64))
