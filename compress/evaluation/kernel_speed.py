@@ -23,8 +23,10 @@ from torch import Tensor
 from compress.errors import RecipeError
 from compress.kernels import native
 from compress.kernels.buffers import allocate
+from compress.kernels.low_rank import low_rank_linear
 from compress.kernels.ops import hadamard_transform
 from compress.kernels.packed import PackedWeight, _reference, packed_linear, prepare
+from compress.kernels.sparse import kept_entries, pack_positions, sparse_linear
 from compress.linalg.hadamard import transformed
 from compress.linalg.hadamard_orders import factors, largest_block
 from compress.pipeline.progress import Progress, Silent
@@ -34,6 +36,8 @@ CHECKED_ROWS, CHECKED_TOKENS = 37, 19  # of the product that is compared with th
 LEAST, MOST, ROUND = 3, 50, 0.03  # calls of a round, and its seconds as far as these admit
 MEGABYTE = 1 << 20
 UNIT_ROUNDS = 100_000
+HALVES = 2 * 2.0**-7  # error of results that were rounded to bfloat16, relative to the largest
+SPARSE = ((2, 4), (0, 0))
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,9 @@ def _operations(shape: tuple[int, int], tokens: int, settings: KernelSettings) -
             for activations in (8, 16):
                 yield _linear(shape, tokens, bits, group_size, activations, settings.megabytes)
     yield _hadamard(shape[1], tokens, settings.megabytes)
+    yield _low_rank(shape, tokens, settings.megabytes)
+    for n, m in SPARSE:
+        yield _sparse(shape, tokens, n, m, settings.megabytes)
 
 
 def _linear(
@@ -198,6 +205,50 @@ def _hadamard(in_features: int, tokens: int, megabytes: int) -> Operation:
     return Operation(
         "hadamard", None, None, "float32", 0, 2 * x.nbytes, work * x.numel(), copies,
         lambda copy: hadamard_transform(inputs[copy], block), check,
+    )  # fmt: skip
+
+
+def _low_rank(shape: tuple[int, int], tokens: int, megabytes: int) -> Operation:
+    """A pair with a quarter of the weights, in bfloat16."""
+    out, n = shape
+    rank = max(1, out * n // (out + n) // 4)
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(size, generator=generator).bfloat16() for size in ((out, rank), (rank, n)))
+    x = torch.randn(tokens, n, generator=generator).bfloat16()
+    nbytes = left.nbytes + right.nbytes
+    pairs = [(left.clone(), right.clone()) for _ in range(max(2, -(-megabytes * MEGABYTE // nbytes)))]
+
+    def check() -> tuple[float, float]:
+        found = low_rank_linear(x, left, right)
+        return _error(found, x.float() @ right.float().T @ left.float().T), HALVES
+
+    return Operation(
+        "low rank 0.25", 16, None, "bfloat16", nbytes, 2 * tokens * (n + out), 2 * tokens * rank * (n + out), len(pairs),
+        lambda copy: low_rank_linear(x, *pairs[copy]), check,
+    )  # fmt: skip
+
+
+def _sparse(shape: tuple[int, int], tokens: int, n: int, m: int, megabytes: int) -> Operation:
+    """Half of the weights in bfloat16, two of four or anywhere."""
+    out, columns = shape
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(out, columns, generator=generator)
+    mask = scores.unflatten(1, (-1, m)).argsort(-1).argsort(-1).lt(n).flatten(1) if m else scores < 0.5
+    weight = torch.randn(out, columns, generator=generator).bfloat16()
+    values, positions = kept_entries(weight, mask, n, m), pack_positions(mask, n, m)
+    x = torch.randn(tokens, columns, generator=generator).bfloat16()
+    nbytes = values.nbytes + positions.nbytes
+    copies = [(values.clone(), positions.clone()) for _ in range(max(2, -(-megabytes * MEGABYTE // nbytes)))]
+
+    def run(copy: int) -> Tensor:
+        return sparse_linear(x, *copies[copy], None, None, 0, n, m, columns)
+
+    def check() -> tuple[float, float]:
+        return _error(run(0), x.float() @ (weight * mask).float().T), HALVES
+
+    return Operation(
+        f"sparse {n}:{m}" if m else "sparse, half", 16, None, "bfloat16", nbytes, 2 * tokens * (columns + out),
+        2 * tokens * int(mask.sum()), len(copies), run, check,
     )  # fmt: skip
 
 

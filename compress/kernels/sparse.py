@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compress.kernels import native
 from compress.kernels.ops import LIBRARY, row_tiles
 from compress.kernels.packing import dequantize, pack, unpack
 from compress.kernels.position_layout import position_layout
+from compress.kernels.rows import FEW, expanded, flat_input, multiplied, sparse_rows
 
 LIBRARY.define(
     "sparse_linear(Tensor x, Tensor values, Tensor positions, Tensor? scale, Tensor? bias, int bits, int n, int m, "
@@ -162,6 +164,31 @@ def _reference(
     return out.view(*x.shape[:-1], len(positions))
 
 
+def _cpu(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    n: int,
+    m: int,
+    in_features: int,
+) -> Tensor:
+    """Compiled kernels for float values with a bit per weight or two places of four; else the reference."""
+    arguments = (x, values, positions, scale, bias, bits, n, m, in_features)
+    floats = x.dtype in native.DTYPES and (bias is None or bias.dtype in native.DTYPES) and scale is None
+    library = native.library() if floats and x.numel() and len(positions) else None
+    found = sparse_rows(values, positions, n, m, in_features) if library is not None else None
+    if found is None:
+        return _reference(*arguments)
+    flat, shape = flat_input(x, in_features), (*x.shape[:-1], len(positions))
+    if len(flat) > FEW:
+        bias = None if bias is None else bias.to(x.dtype)
+        return functional.linear(flat, expanded(found, x.dtype), bias).view(shape)
+    return multiplied(flat, found, bias, torch.empty(len(flat), len(positions), dtype=x.dtype)).view(shape)
+
+
 def _meta(x: Tensor, values: Tensor, positions: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], positions.shape[0])
 
@@ -186,5 +213,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 LIBRARY.impl("sparse_linear", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("sparse_linear", _cpu, "CPU")
 LIBRARY.impl("sparse_linear", _meta, "Meta")
 torch.library.register_autograd("compress::sparse_linear", _backward, setup_context=_remember, lib=LIBRARY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from compress.kernels.low_rank import low_rank_linear
 from compress.linalg.low_rank import refitted_left
 from compress.modules.base import CompressedModule, Leaf
 from compress.modules.factored import FactoredLinear, leaf_of, linear_with, replaced, weight_of
@@ -30,6 +31,12 @@ class LowRankLinear(FactoredLinear):
         spec = LowRankSpec(right.shape[1], left.shape[0], left.shape[1])
         spec.validate()
         return cls(spec, linear_with(right), linear_with(left), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left, self.right
+        if type(left) is nn.Linear and type(right) is nn.Linear:
+            return low_rank_linear(x, left.weight, right.weight, self.bias)
+        return super().forward(x)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """left @ right, multiplied in float32 and rounded once."""

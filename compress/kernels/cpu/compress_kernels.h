@@ -133,6 +133,32 @@ enum { CK_UNIT_F32 = 0, CK_UNIT_BF16 = 1, CK_UNIT_INT8 = 2 };
 // instruction set has no such unit.
 CK_API int64_t ck_roofline_compute(int32_t unit, int64_t rounds, int32_t n_threads);
 
+// ---- weights as they are stored, row by row --------------------------------------------------------------------------
+// Floats without packing: all of a row, or those of its places that are kept. For few tokens: a row is read once for four.
+
+enum { CK_ROWS_DENSE = 0, CK_ROWS_BITS = 1, CK_ROWS_PAIRS = 2 };
+
+typedef struct {
+  int32_t kind;           // CK_ROWS_BITS: a bit per column; CK_ROWS_PAIRS: of four columns two, two bits for each place
+  int32_t dtype;          // of the values
+  int64_t out_features, in_features;
+  const void* values;     // row by row, without gaps
+  int64_t n_values;
+  int64_t per_row;        // values of each row; 0: as many as bits are set (what is beyond n_values counts as zero)
+  const uint32_t* places; // [out][places_stride]
+  int64_t places_stride;  // words
+} ck_rows;
+
+CK_API int64_t ck_rows_workspace(int64_t in_features, int64_t tokens);  // bytes
+
+// out[t, o] (+)= sum_i x[t, i] weight[o, i] + bias[o], added in float32; `add`: to what is in out.
+CK_API int ck_rows_linear(const ck_rows* rows, const void* x, int32_t x_dtype, int64_t tokens, int64_t x_stride,
+                          const void* bias, int32_t bias_dtype, void* out, int32_t out_dtype, int64_t out_stride,
+                          int32_t add, void* workspace, int64_t workspace_bytes, int32_t n_threads);
+
+// The weight itself, [out][out_stride].
+CK_API int ck_rows_dense(const ck_rows* rows, void* out, int32_t out_dtype, int64_t out_stride, int32_t n_threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,40 @@
+// What rows.cpp and the units that hold its kernels agree on.
+
+#ifndef CK_ROWS_H
+#define CK_ROWS_H
+
+#include "common.h"
+
+namespace ck {
+
+constexpr int ROW_TOKENS = 4;  // that are multiplied with a row while it is read once
+
+struct RowsCall {
+  const char* values;
+  int64_t n_values;         // in all
+  const uint32_t* places;   // null: CK_ROWS_DENSE
+  int64_t places_stride;    // words
+  int64_t per_row;          // values; 0: as many as bits are set
+  int64_t in_features, padded;  // padded to whole vectors
+  const float* x;           // [tokens][padded], zeros behind in_features
+  int tokens;               // up to ROW_TOKENS
+  void* out;                // of the first token
+  int32_t out_dtype;
+  int64_t out_stride;
+  const void* bias;
+  int32_t bias_dtype;
+  bool add;                 // to what is in out
+};
+
+struct RowsKernels {
+  void (*prepare)(const void* x, int32_t dtype, int64_t n, int64_t padded, float* to);  // one token
+  void (*run[3][3])(const RowsCall& call, int64_t first, int64_t end);                  // [CK_ROWS_*][dtype of values]
+  void (*write[3][3])(const RowsCall& call, int64_t first, int64_t end);                // rows themselves into out, by out_stride
+};
+
+const RowsKernels* rows_portable();
+const RowsKernels* rows_avx2();
+const RowsKernels* rows_avx512();
+
+}  // namespace ck
+#endif

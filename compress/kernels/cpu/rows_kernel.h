@@ -1,0 +1,196 @@
+// The kernels of ck_rows_*, written once over the vectors of an instruction set (16 floats each). Before it is included:
+// expanded(v, mask) puts the first values of v where `mask` has ones, in order, and 0 elsewhere.
+//
+// A row is read 16 columns at a time and multiplied with up to four tokens; four rows at once, so that the place where a row's
+// next values start (it follows from the mask) is not waited for. A row's sum is added in the same order whoever adds it.
+
+#ifndef CK_ROWS_KERNEL_H
+#define CK_ROWS_KERNEL_H
+
+#include "rows.h"
+
+#define CK_UNROLL _Pragma("GCC unroll 32")
+
+namespace {
+
+using ck::RowsCall;
+
+constexpr int LANES = 16;
+enum { DENSE = 0, BITS = 1, PAIRS = 2 };  // CK_ROWS_*
+
+struct PairTable {
+  uint8_t mask[256];
+};
+
+// Two groups of four: in each the places of two values, two bits a place -> a bit per column.
+CK_INLINE PairTable pair_table() {
+  PairTable t;
+  for (int b = 0; b < 256; b++)
+    t.mask[b] = uint8_t(1 << (b & 3) | 1 << (b >> 2 & 3) | 1 << (4 + (b >> 4 & 3)) | 1 << (4 + (b >> 6)));
+  return t;
+}
+
+// Where a row is being read.
+struct Cursor {
+  const char* value;
+  const uint8_t* place;
+};
+
+// 16 values, or as many as there are and zeros.
+template <class P, int DTYPE>
+CK_INLINE typename P::Floats loaded(const char* from, const char* end, int64_t columns) {
+  constexpr int64_t SIZE = DTYPE == CK_F32 ? 4 : 2;
+  if (__builtin_expect(end - from >= LANES * SIZE && columns >= LANES, 1)) return P::floats(static_cast<const void*>(from), DTYPE);
+  alignas(64) char some[LANES * SIZE] = {0};
+  const int64_t n = min64(columns * SIZE, end - from);
+  if (n > 0) memcpy(some, from, size_t(n));
+  return P::floats(static_cast<const void*>(some), DTYPE);
+}
+
+template <class P, int KIND, int DTYPE>
+CK_INLINE typename P::Floats next(Cursor& at, const char* end, int64_t columns, const PairTable& table) {
+  constexpr int64_t SIZE = DTYPE == CK_F32 ? 4 : 2;
+  if constexpr (KIND == DENSE) {
+    const auto v = loaded<P, DTYPE>(at.value, end, columns);
+    at.value += LANES * SIZE;
+    return v;
+  } else {
+    uint32_t mask;
+    if constexpr (KIND == BITS) mask = at.place[0] | uint32_t(at.place[1]) << 8;
+    else mask = table.mask[at.place[0]] | uint32_t(table.mask[at.place[1]]) << 8;
+    at.place += 2;
+    if (columns < LANES) mask &= (1u << columns) - 1;
+    const auto v = expanded(loaded<P, DTYPE>(at.value, end, LANES), mask);
+    at.value += __builtin_popcount(mask) * SIZE;
+    return v;
+  }
+}
+
+CK_INLINE int64_t bits_set(const uint32_t* words, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i++) count += __builtin_popcount(words[i]);
+  return count;
+}
+
+// Bytes of values before row `first`.
+template <int KIND, int DTYPE>
+CK_INLINE int64_t values_before(const RowsCall& call, int64_t first) {
+  constexpr int64_t SIZE = DTYPE == CK_F32 ? 4 : 2;
+  if (KIND == DENSE || call.per_row) return first * (KIND == DENSE ? call.in_features : call.per_row) * SIZE;
+  int64_t count = 0;
+  for (int64_t r = 0; r < first; r++) count += bits_set(call.places + r * call.places_stride, ceil_div(call.in_features, 32));
+  return count * SIZE;
+}
+
+template <int KIND, int DTYPE>
+CK_INLINE Cursor row_at(const RowsCall& call, int64_t row, int64_t* before) {
+  constexpr int64_t SIZE = DTYPE == CK_F32 ? 4 : 2;
+  const uint32_t* words = KIND == DENSE ? nullptr : call.places + row * call.places_stride;
+  const Cursor at = {call.values + *before, reinterpret_cast<const uint8_t*>(words)};
+  *before += SIZE * (KIND == DENSE ? call.in_features
+                                   : call.per_row ? call.per_row : bits_set(words, ceil_div(call.in_features, 32)));
+  return at;
+}
+
+template <class P>
+CK_INLINE float total_of(typename P::Floats v) {
+  alignas(64) float f[LANES];
+  P::store(f, v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) f[i] += f[i + half];
+  return f[0];
+}
+
+CK_INLINE void write_one(const RowsCall& call, int64_t row, int token, float sum) {
+  void* to = at(call.out, call.out_dtype, token * call.out_stride + row);
+  if (call.bias) sum += float_at(call.bias, call.bias_dtype, row);
+  if (call.add) sum += float_at(to, call.out_dtype, 0);
+  if (call.out_dtype == CK_F32) *static_cast<float*>(to) = sum;
+  else *static_cast<uint16_t*>(to) = call.out_dtype == CK_BF16 ? bf16_of_float(sum) : f16_of_float(sum);
+}
+
+template <class P, int KIND, int DTYPE, int R, int T>
+CK_NOINLINE void rows_block(const RowsCall& call, int64_t row, Cursor (&at)[R], const PairTable& table) {
+  typename P::Floats sum[R][T];
+  CK_UNROLL for (int r = 0; r < R; r++)
+    CK_UNROLL for (int t = 0; t < T; t++) sum[r][t] = P::broadcast(0.0f);
+  const char* end = call.values + call.n_values * (DTYPE == CK_F32 ? 4 : 2);
+  for (int64_t k = 0; k < call.padded; k += LANES) {
+    typename P::Floats x[T];
+    CK_UNROLL for (int t = 0; t < T; t++) x[t] = P::floats(call.x + t * call.padded + k);
+    CK_UNROLL for (int r = 0; r < R; r++) {
+      const auto w = next<P, KIND, DTYPE>(at[r], end, call.in_features - k, table);
+      CK_UNROLL for (int t = 0; t < T; t++) sum[r][t] = P::fmadd(w, x[t], sum[r][t]);
+    }
+  }
+  CK_UNROLL for (int r = 0; r < R; r++)
+    CK_UNROLL for (int t = 0; t < T; t++) write_one(call, row + r, t, total_of<P>(sum[r][t]));
+}
+
+template <class P, int KIND, int DTYPE, int T>
+CK_INLINE void rows_of_tokens(const RowsCall& call, int64_t first, int64_t end) {
+  constexpr int R = P::NR > 1 ? 4 : 2;
+  const PairTable table = pair_table();
+  int64_t before = values_before<KIND, DTYPE>(call, first), row = first;
+  for (; row + R <= end; row += R) {
+    Cursor at[R];
+    for (int r = 0; r < R; r++) at[r] = row_at<KIND, DTYPE>(call, row + r, &before);
+    rows_block<P, KIND, DTYPE, R, T>(call, row, at, table);
+  }
+  for (; row < end; row++) {
+    Cursor at[1] = {row_at<KIND, DTYPE>(call, row, &before)};
+    rows_block<P, KIND, DTYPE, 1, T>(call, row, at, table);
+  }
+}
+
+template <class P, int KIND, int DTYPE>
+void rows_run(const RowsCall& call, int64_t first, int64_t end) {
+  switch (call.tokens) {
+    case 1: rows_of_tokens<P, KIND, DTYPE, 1>(call, first, end); break;
+    case 2: rows_of_tokens<P, KIND, DTYPE, 2>(call, first, end); break;
+    case 3: rows_of_tokens<P, KIND, DTYPE, 3>(call, first, end); break;
+    default: rows_of_tokens<P, KIND, DTYPE, 4>(call, first, end); break;
+  }
+}
+
+template <class P, int KIND, int DTYPE>
+void rows_write(const RowsCall& call, int64_t first, int64_t end) {
+  const PairTable table = pair_table();
+  const char* stop = call.values + call.n_values * (DTYPE == CK_F32 ? 4 : 2);
+  int64_t before = values_before<KIND, DTYPE>(call, first);
+  for (int64_t row = first; row < end; row++) {
+    Cursor from = row_at<KIND, DTYPE>(call, row, &before);
+    for (int64_t k = 0; k < call.in_features; k += LANES) {
+      const auto v = next<P, KIND, DTYPE>(from, stop, call.in_features - k, table);
+      void* to = at(call.out, call.out_dtype, row * call.out_stride + k);
+      if (call.in_features - k >= LANES) {
+        P::store_as(to, call.out_dtype, v);
+      } else {
+        alignas(64) char some[LANES * 4];
+        P::store_as(some, call.out_dtype, v);
+        memcpy(to, some, size_t((call.in_features - k) * dtype_bytes(call.out_dtype)));
+      }
+    }
+  }
+}
+
+template <class P>
+void rows_prepare(const void* x, int32_t dtype, int64_t n, int64_t padded, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) P::store(to + i, P::floats(at(x, dtype, i), dtype));
+  for (; i < n; i++) to[i] = float_at(x, dtype, i);
+  for (; i < padded; i++) to[i] = 0;
+}
+
+#define CK_ROWS_TABLE(P, F)                                                                                    \
+  {{F<P, DENSE, CK_F32>, F<P, DENSE, CK_BF16>, F<P, DENSE, CK_F16>},                                           \
+   {F<P, BITS, CK_F32>, F<P, BITS, CK_BF16>, F<P, BITS, CK_F16>},                                              \
+   {F<P, PAIRS, CK_F32>, F<P, PAIRS, CK_BF16>, F<P, PAIRS, CK_F16>}}
+
+template <class P>
+constexpr ck::RowsKernels rows_table() {
+  return {rows_prepare<P>, CK_ROWS_TABLE(P, rows_run), CK_ROWS_TABLE(P, rows_write)};
+}
+
+}  // namespace
+#endif
