@@ -23,7 +23,7 @@ from tables import Measure, Settings, parser, show
 import compress
 from compress.recipe import Evaluation
 
-SIZES = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 4.5, 5, 6, 7, 8)  # bits per weight, behind the minimum
+SIZES = (1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 5, 6, 7, 8)  # bits per weight, behind the minimum
 COARSE = (1.75, 2, 2.5, 3, 4, 5)
 ORDERS: dict[str, Settings] = {
     "proxy": {},
@@ -41,7 +41,7 @@ class Curves(Measure):
         asked = self.asked
         name = "-".join([f"{key}_{value}" for key, value in settings.items()]) or "usual"
         folder = asked.out / "stacks" / name
-        own = {"rank": asked.rank, "blocks": asked.blocks, "rows": 16, **settings}
+        own = {"rank": asked.rank, "blocks": asked.blocks, "rows": 8, **settings}
         recipe = self._recipe([{"bitstack": own}]).model_copy(update={"evaluation": None})
         compress.run(recipe, folder)
         return folder
@@ -61,7 +61,7 @@ class Curves(Measure):
             self._known[key] = {
                 "perplexity": found["model"]["perplexity"],
                 "kl": found["fidelity"]["kl_mean"],
-                "total": found["size"]["model"]["bytes_weights"],
+                "total": found["size"]["model"]["bytes_tensors"],
                 "original": found["reference"]["perplexity"],
             }
             self._known[key]["bits"] = 8 * (self._known[key]["total"] - self.others) / self.n_weights
@@ -73,7 +73,7 @@ class Curves(Measure):
 
 def main() -> None:
     tables = {"curve": curve, "orders": orders}
-    arguments = parser(__doc__, tables, max_tokens=4096, samples=32)
+    arguments = parser(__doc__, tables, max_tokens=3072, samples=32)
     arguments.add_argument(
         "--rank", type=int, default=4, help="of the blocks [default: 4, for widths of some hundreds]"
     )

@@ -109,3 +109,16 @@ def test_what_cannot_be_stored_is_an_error(value, message):
     weight[2, 3] = value
     with pytest.raises(NumericsError, match=message):
         list(decompose(weight, 2, 1, generator=generator()))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_turned_signs_leave_less_than_those_of_the_rest(exact):
+    """The published decomposition, whose signs are those of what is left, is worse after every block."""
+    matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
+    rest, published = matrix.clone(), []
+    for _ in range(4):
+        u, sigma, vt = torch.linalg.svd(rest.abs(), full_matrices=False)
+        rest = rest - torch.where(rest < 0, -1.0, 1.0) * ((u[:, :8] * sigma[:8]) @ vt[:8])
+        published.append(squared_norm(rest))
+    ours = [b.energy for b in decompose(matrix, 8, 4, exact=exact, generator=torch.Generator().manual_seed(0))]
+    assert all(mine < theirs for mine, theirs in zip(ours, published, strict=True))
