@@ -349,6 +349,11 @@ class SiteMethod(ABC):
         return 0
 
     @classmethod
+    def order_runs(cls, configs: Mapping[str, Any], n_levels: int) -> float:
+        """How often `order` runs the model over these rows, for the plan's estimate of time; `n_levels`: of the highest module."""
+        return 0.0
+
+    @classmethod
     def stack_file_bytes(cls, configs: Mapping[str, Any]) -> int:
         """About how large a file of the stack is. Of methods that stack."""
         raise NotImplementedError

@@ -124,7 +124,7 @@ class BitStack(SiteMethod):
 
     @classmethod
     def flops(cls, shapes: tuple[LayerShape, ...], config: BitStackConfig) -> float:
-        directions = 18 * 2 * (config.rank + 16) if not config.exact else 20 * min(s.in_features for s in shapes)
+        directions = 37 * 2 * (config.rank + 16) if not config.exact else 60 * min(s.in_features for s in shapes)
         n_blocks = config.blocks or USUAL_BLOCKS
         return float(n_blocks * (directions + 40)) * sum(s.out_features * s.in_features for s in shapes)
 
@@ -146,6 +146,13 @@ class BitStack(SiteMethod):
     def order_rows(cls, configs: Mapping[str, BitStackConfig]) -> int:
         config = _shared(configs)
         return config.rows if BitStack.needs_tokens(config) else 0
+
+    @classmethod
+    def order_runs(cls, configs: Mapping[str, BitStackConfig], n_levels: int) -> float:
+        if not cls.order_rows(configs):
+            return 0.0
+        passes = n_levels - 1 if _shared(configs).order == "levels" else 1
+        return passes * (1 + len(configs) / 2) + 1  # on average, half of the blocks lie behind the one that changes
 
     @classmethod
     def stack_file_bytes(cls, configs: Mapping[str, BitStackConfig]) -> int:

@@ -289,10 +289,22 @@ def _seconds(plan: Plan, tokens: int) -> float:
         flops += rewrite.method.flops(extent, rewrite.config)
         flops += rewrite.method.observation_flops(extent, rewrite.config) if rewrite.observes else 0.0
     flops += forward * tokens * sum(bool(_observing(step)) for stage in plan.stages for step in stage)
+    flops += forward * _order_tokens(plan)
     if plan.recipe.evaluation:
         head = 2.0 * plan.architecture.vocab_size * plan.architecture.hidden_size
         flops += 2 * (forward + 2 * head) * _evaluation_tokens(plan)
     return STARTUP_SECONDS + flops / (GEMM_EFFICIENCY * gemm_flops_per_second())
+
+
+def _order_tokens(plan: Plan) -> float:
+    """Tokens that run through the model to put the levels of a stack in order."""
+    total = 0.0
+    for step in (step for stage in plan.stages for step in stage):
+        configs = {name: config for name, config in step.configs.items() if name in plan.stacked}
+        if configs and step.method.stacks:
+            n_levels = max(plan.stacked[name].n_levels for name in configs)
+            total += step.method.order_runs(configs, n_levels) * step.method.order_rows(configs)
+    return total * plan.recipe.calibration.length
 
 
 def _active_share(plan: Plan) -> float:
