@@ -350,7 +350,7 @@ class SiteMethod(ABC):
 
     @classmethod
     def order_runs(cls, configs: Mapping[str, Any], n_levels: int) -> float:
-        """How often `order` runs the model over these rows, for the plan's estimate of time; `n_levels`: of the highest module."""
+        """How often `order` runs the model over these rows, for the plan; `n_levels`: of the module that has most."""
         return 0.0
 
     @classmethod
