@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from compress.errors import RecipeError
 from compress.kernels import native
+from compress.kernels.cuda.ops import low_rank_linear_on_gpu
 from compress.kernels.ops import LIBRARY
 from compress.kernels.packed import PackedWeight
 from compress.kernels.rows import FEW, dense_rows, flat_input, multiplied
@@ -157,6 +158,7 @@ for _name, _functions in (
 ):
     for _key, _function in zip(("CompositeExplicitAutograd", "CPU", "Meta"), _functions, strict=True):
         LIBRARY.impl(_name, _function, _key)
+LIBRARY.impl("packed_low_rank_linear", low_rank_linear_on_gpu, "CUDA")
 torch.library.register_autograd("compress::low_rank_linear", _backward, setup_context=_remember, lib=LIBRARY)
 torch.library.register_autograd(
     "compress::packed_low_rank_linear", _packed_backward, setup_context=_packed_remember, lib=LIBRARY

@@ -8,7 +8,7 @@ import torch
 from compress.errors import RecipeError
 from compress.kernels.cuda import linear as calls
 from compress.kernels.cuda.hadamard import transform
-from compress.kernels.cuda.layout import pack_left, pack_weight
+from compress.kernels.cuda.layout import pack_weight
 from compress.kernels.cuda.linear import LowRank, linear
 from compress.kernels.packing import dequantize
 from compress.linalg.hadamard import transformed
@@ -108,7 +108,7 @@ def test_low_rank_parts_are_added(library):
         buffer, layout, weight, _ = weighed(70, 128, 3, 64, False, torch.float16)
         right, left = torch.randn(rank, 128).half() * 0.05, torch.randn(70, rank).half() * 0.05
         x = torch.randn(tokens, 128).half()
-        y = linear(library, x, buffer, layout, low_rank=LowRank(right, pack_left(left)), path=path, splits=splits)
+        y = linear(library, x, buffer, layout, low_rank=LowRank.of(left, right), path=path, splits=splits)
         hidden = (x @ right.T).double()
         wanted = x.double() @ weight.T + hidden @ left.double().T
         assert (y.double() - wanted).norm() <= 3 * BOUND[torch.float16] * wanted.norm()

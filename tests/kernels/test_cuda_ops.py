@@ -55,6 +55,25 @@ def test_the_implementation_for_gpus_equals_the_one_for_cpus(bits, symmetric, mo
         cuda_ops.linear_on_gpu(x[:, :64], buffer, bias, *sizes, 8)
 
 
+def test_a_low_rank_part_follows_its_factors(monkeypatch):
+    codes, scale, _ = problem(70, 128, 4, 64, True, torch.float16)
+    layout = Layout(4, 64, 70, 128, 8, 2)
+    buffer = cuda_ops.packed_on_gpu(codes, scale, None, layout)
+    left, right, x = torch.randn(70, 12).half(), torch.randn(12, 128).half() * 0.1, torch.randn(5, 128).half()
+    dense = (codes.double() - 8) * scale.double().repeat_interleave(64, 1)
+    monkeypatch.setattr(cuda_ops, "unusable", lambda device: None)
+    for library in (emulation(), None):
+        monkeypatch.setattr(cuda_ops.native, "library", lambda library=library: library)
+        for _ in range(2):
+            left.mul_(0.5)  # in place: what was packed of it is made anew
+            y = cuda_ops.low_rank_linear_on_gpu(x, buffer, left, right, None, 4, 64, 70, 128, 8, 2, 8)
+            wanted = x.double() @ dense.T + (x @ right.T).double() @ left.double().T
+            assert (y.double() - wanted).norm() <= 2.0**-9 * wanted.norm()
+    monkeypatch.setattr(cuda_ops.native, "library", emulation)
+    with pytest.raises(RecipeError, match="do not fit"):
+        cuda_ops.low_rank_linear_on_gpu(x, buffer, left[:5], right, None, 4, 64, 70, 128, 8, 2, 8)
+
+
 def test_weights_on_several_devices_are_refused():
     codes, scale, _ = problem(70, 128, 4, 64, True, torch.float16)
     with pytest.raises(RecipeError, match="on one GPU"):

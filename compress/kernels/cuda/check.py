@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.kernels.cuda import gpus
 from compress.kernels.cuda.hadamard import transform
-from compress.kernels.cuda.layout import pack_left, pack_weight
+from compress.kernels.cuda.layout import pack_weight
 from compress.kernels.cuda.linear import LowRank, dequantize, linear
 from compress.kernels.packing import dequantize as reference_dequantize
 from compress.linalg.hadamard import transformed
@@ -156,6 +156,6 @@ def _prepared(
     low_rank = None
     if case.op == "low_rank":
         right, left = normal(72, case.n_in) * 0.05, normal(case.n_out, 72) * 0.05
-        low_rank = LowRank(right, pack_left(left))
+        low_rank = LowRank.of(left, right)
         wanted += (x @ right.T).double() @ left.double().T
     return lambda: linear(library, x, buffer, layout, bias, low_rank, case.path, case.splits), wanted

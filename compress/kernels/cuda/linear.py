@@ -17,15 +17,21 @@ from torch.nn import functional
 
 from compress.errors import RecipeError
 from compress.kernels.cuda import gpus, native
-from compress.kernels.cuda.layout import DTYPES, CudaLayout
+from compress.kernels.cuda.layout import DTYPES, CudaLayout, pack_left
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A low-rank part x right^T left^T beside the quantized weight. `right` [rank, in]; `left` as `pack_left` makes it."""
+    """A low-rank part x right^T left^T beside the quantized weight."""
 
-    right: Tensor
-    left: Tensor
+    right: Tensor  # [rank, in]
+    left: Tensor  # [out, rank]
+    fragments: Tensor  # `left` as `pack_left` makes it
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> LowRank:
+        """From factors in the dtype of the activations."""
+        return cls(right, left, pack_left(left))
 
 
 @lru_cache(maxsize=64)
@@ -72,7 +78,7 @@ def linear(
     if path == "dequantize":
         out = functional.linear(flat, dequantize(library, buffer, layout, x.dtype), bias)
         if low_rank is not None:
-            out += functional.linear(functional.linear(flat, low_rank.right), _left(low_rank, layout))
+            out += functional.linear(functional.linear(flat, low_rank.right), low_rank.left)
         return out.view(*x.shape[:-1], layout.out_features)
     if splits is None:
         splits = gpus.splits(layout.row_blocks, layout.input_blocks, multiprocessors, path, choose)
@@ -84,7 +90,8 @@ def linear(
     flat = _readable(flat)
     hidden = None if low_rank is None else _readable(functional.linear(flat[:, : layout.in_features], low_rank.right))
     operands = native.Operands(
-        _pointer(flat), _pointer(out), _pointer(bias), _pointer(hidden), _pointer(None if low_rank is None else low_rank.left),
+        _pointer(flat), _pointer(out), _pointer(bias), _pointer(hidden),
+        _pointer(None if low_rank is None else low_rank.fragments),
         _pointer(workspace), n_bytes, n_tokens, flat.stride(0), layout.out_features,
         0 if hidden is None else hidden.stride(0), -(-layout.in_features // 8) * 8,
         0 if hidden is None else -(-hidden.shape[1] // 8) * 8, DTYPES[x.dtype], splits,
@@ -107,12 +114,6 @@ def dequantize(library: Any, buffer: Tensor, layout: CudaLayout, dtype: torch.dt
     what = f"dequantising ({layout.out_features}, {layout.in_features}) on {buffer.device}"
     native.check(library, status, what)
     return out[:, : layout.in_features]
-
-
-def _left(low_rank: LowRank, layout: CudaLayout) -> Tensor:
-    from compress.kernels.cuda.layout import read_left
-
-    return read_left(low_rank.left, layout.out_features, low_rank.right.shape[0])
 
 
 @lru_cache(maxsize=4096)

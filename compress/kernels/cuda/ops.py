@@ -1,4 +1,5 @@
-"""`packed_linear` and `hadamard_transform` on NVIDIA GPUs: the kernels where they may run, the references elsewhere.
+"""`packed_linear`, `packed_low_rank_linear` and `hadamard_transform` on NVIDIA GPUs: the kernels where they may run, else the
+references.
 
 A weight that is prepared on a GPU lies in the GPU's layout (layout.py), one that is prepared on the CPU in the CPU's. Activations
 are never rounded on a GPU: `activations=8` is a permission that these kernels do not use.
@@ -7,16 +8,18 @@ are never rounded on a GPU: `activations=8` is a permission that these kernels d
 from __future__ import annotations
 
 import os
+from collections.abc import MutableMapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from compress.errors import RecipeError
 from compress.kernels.cuda import gpus, hadamard, native
 from compress.kernels.cuda.layout import DTYPES, CudaLayout, pack_weight, read_weight, refused
-from compress.kernels.cuda.linear import linear
+from compress.kernels.cuda.linear import LowRank, linear
 from compress.kernels.packed_layout import Layout
 from compress.linalg.hadamard import transformed
 
@@ -100,6 +103,37 @@ def linear_on_gpu(
     steps = codes.float().unflatten(-1, (scale.shape[1], -1)) - zero
     weight = (steps * scale.float().unsqueeze(-1)).flatten(-2)
     return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def low_rank_linear_on_gpu(
+    x: Tensor, buffer: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, *sizes: int
+) -> Tensor:
+    """`packed_low_rank_linear` for the dispatch key CUDA; the sizes of `packed_linear`."""
+    layout = Layout(*sizes[:-1])
+    library = native.library()
+    if library is not None and x.dtype in DTYPES and unusable(x.device) is None:
+        if left.shape != (layout.out_features, right.shape[0]) or right.shape[1] != layout.in_features:
+            raise RecipeError(
+                f"packed_low_rank_linear: left {tuple(left.shape)} and right {tuple(right.shape)} do not fit a weight of "
+                f"{(layout.out_features, layout.in_features)} on {x.device}"
+            )
+        return linear(library, x, buffer, cuda_layout(layout), bias, _low_rank(left, right, x.dtype))
+    out = linear_on_gpu(x, buffer, bias, *sizes)
+    return out + functional.linear(functional.linear(x, right.to(x.dtype)), left.to(x.dtype))
+
+
+# By left factor: its and the right one's state, what was made of them, and the right one, whose id is part of the state.
+_LOW_RANK: MutableMapping[Tensor, tuple[object, LowRank, Tensor]] = WeakIdKeyDictionary()
+
+
+def _low_rank(left: Tensor, right: Tensor, dtype: torch.dtype) -> LowRank:
+    """The factors as the kernels read them; made once, and again when one was changed in place or is another."""
+    version = tuple((id(t), 0 if t.is_inference() else t._version) for t in (left, right)), dtype
+    kept = _LOW_RANK.get(left)
+    if kept is None or kept[0] != version:
+        kept = version, LowRank.of(left.detach().to(dtype), right.detach().to(dtype).contiguous()), right
+        _LOW_RANK[left] = kept
+    return kept[1]
 
 
 def transformed_on_gpu(x: Tensor, block_size: int, transposed: bool) -> Tensor:
