@@ -7,8 +7,8 @@ Each cell is a process of its own: a Llama of the model's shapes is made in memo
 on them), decodes greedily from a prompt with `compress.runtime.decode`, and is weighed. `w4`: blocks in integers of 4 bits,
 groups of 128, symmetric; the head in 8 bits. `w4 float`: activations are not rounded. `w4 reference`: torch alone.
 `low rank`: the linears of the blocks as two bfloat16 factors of half their weights together; `low rank w4`: these in 4 bits.
-Floats are bfloat16 beside packed weights. `promised`: bytes of the weights that a token reads over the read bandwidth, which is
-measured in the same process (buffers on pages of 2M). Cells that are in the JSON file already, at the same commit, are kept.
+Floats are bfloat16 beside packed weights. `promised`: what reading the weights of a token would allow, at the bandwidth that
+is measured in the same process (buffers on pages of 2M). Cells that are in the JSON file already, at the same commit, are kept.
 
 `ggml TYPE`, `ik TYPE`: the linears of the blocks alone (no attention, norms, sampling) in the order of the model, each a graph
 of its own, with the head in q8_0: less than a token costs there. Drivers: scripts/peers/CMakeLists.txt.
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--ggml", type=Path, help="libpeer_ggml.so")
     parser.add_argument("--ik", type=Path, help="libpeer_ik.so")
     parser.add_argument("--json", type=Path, default=Path("out/bench_decode.json"), help="read and extended")
+    parser.add_argument("--cpu-time", action="store_true", help="at one thread rate by CPU time: for a busy machine")
     parser.add_argument("--plot", type=Path, help="a PNG of decode beside memory")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -77,9 +78,16 @@ def main() -> None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{machine()}; {options.prompt} tokens of prompt")
-    print("\n".join(table([c for c in found if c["model"] == options.model])))
+    cells = [rated(c, options.cpu_time) for c in found if c["model"] == options.model]
+    print("\n".join(table(cells)))
     if options.plot:
-        plot([c for c in found if c["model"] == options.model], options.plot)
+        plot(cells, options.plot)
+
+
+def rated(cell: dict[str, Any], by_cpu_time: bool) -> dict[str, Any]:
+    """With the rate of decoding to show, and the one that the bytes promise."""
+    kind = "_cpu" if by_cpu_time and cell["threads"] == 1 else ""
+    return {**cell, "rate": cell[f"decode{kind}"], "promised": cell[f"bandwidth{kind}"] / cell["read_bytes"]}
 
 
 def asked(way: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -111,21 +119,25 @@ def measured(name: str, way: str, options: argparse.Namespace) -> dict[str, Any]
     model = built(config, way)
     inside, weights, read = resident() - before, *sizes(model)
     ids = torch.randint(config.vocab_size, (1, options.prompt))
-    firsts, steps = [], []
+    firsts, steps, efforts = [], [], []
     for _ in range(options.rounds):
         seen = [time.perf_counter()]
 
-        def passed(token: object, seen: list[float] = seen) -> None:
+        worked: list[float] = []
+
+        def passed(token: object, seen: list[float] = seen, worked: list[float] = worked) -> None:
             seen.append(time.perf_counter())
+            worked.append(time.process_time())
 
         decode(model, ids, options.new, chooser(model, 0), on_token=passed)
         firsts.append(seen[1] - seen[0])
+        efforts += [b - a for a, b in zip(worked[SKIP:], worked[1 + SKIP :], strict=False)]
         steps += [b - a for a, b in zip(seen[1 + SKIP :], seen[2 + SKIP :], strict=False)]
-    bandwidth = read_bandwidth()
     return {
-        "decode": 1 / median(steps), "decode_slow": 1 / sorted(steps)[-len(steps) // 4], "decode_best": 1 / min(steps),
+        "decode": 1 / median(steps), "decode_cpu": 1 / median(efforts),
+        "decode_slow": 1 / sorted(steps)[-len(steps) // 4], "decode_best": 1 / min(steps),
         "prefill": options.prompt / min(firsts), "weight_bytes": weights, "read_bytes": read, "resident_bytes": inside,
-        "bandwidth": bandwidth, "promised": bandwidth / read, "packed": len(packed_linears(model)), **arithmetic(model),
+        **read_bandwidth(), "packed": len(packed_linears(model)), **arithmetic(model),
     }  # fmt: skip
 
 
@@ -219,7 +231,7 @@ def sizes(model: Any) -> tuple[int, int]:
     return total, total - model.get_input_embeddings().weight.nbytes
 
 
-def read_bandwidth() -> float:
+def read_bandwidth() -> dict[str, float]:
     """Bytes per second at which all threads together read memory (pages of 2M where there are): the best of some passes."""
     import torch
 
@@ -228,12 +240,13 @@ def read_bandwidth() -> float:
     buffer = allocate(1 << 29)
     buffer.fill_(1)
     words = buffer.view(torch.int64)
-    times = []
+    times, efforts = [], []
     for _ in range(7):
-        start = time.perf_counter()
+        start, effort = time.perf_counter(), time.process_time()
         words.sum()
         times.append(time.perf_counter() - start)
-    return buffer.nbytes / min(times)
+        efforts.append(time.process_time() - effort)
+    return {"bandwidth": buffer.nbytes / min(times), "bandwidth_cpu": buffer.nbytes / min(efforts)}
 
 
 def resident() -> int:
@@ -255,7 +268,7 @@ def peer_cell(config: Any, kind: str, peer: str, library: Path | None, options: 
     keys = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     hidden, mlp = config.hidden_size, config.intermediate_size
     shapes = [(hidden, hidden, 2), (keys, hidden, 2), (mlp, hidden, 2), (hidden, mlp, 1)]
-    generator, seconds, nbytes = torch.Generator().manual_seed(0), {}, 0
+    generator, seconds, nbytes, worked = torch.Generator().manual_seed(0), {}, 0, 0.0
     for tokens in (1, options.prompt):
         calls = []
         for out, n_in, each, copies, of_type in [
@@ -272,38 +285,39 @@ def peer_cell(config: Any, kind: str, peer: str, library: Path | None, options: 
             calls.append((handle, each, copies))
         order = [(h, block * each + i) for block in range(blocks) for h, each, _ in calls[:-1] for i in range(each)]
         order.append((calls[-1][0], 0))
-        times = []
+        times, efforts = [], []
         for _ in range(options.new if tokens == 1 else options.rounds + 1):
-            start = time.perf_counter()
+            start, effort = time.perf_counter(), time.process_time()
             for handle, copy in order:
                 driver.run(handle, copy)
             times.append(time.perf_counter() - start)
+            efforts.append(time.process_time() - effort)
+        if tokens == 1:
+            worked = median(efforts[1:])
         seconds[tokens] = sorted(times[1:])
         for handle, _, _ in calls:
             driver.close(handle)
     one, prompt = seconds[1], seconds[options.prompt]
-    bandwidth = read_bandwidth()
     return {
-        "decode": 1 / median(one), "decode_slow": 1 / one[-len(one) // 4], "decode_best": 1 / one[0],
-        "prefill": options.prompt / prompt[0], "weight_bytes": nbytes, "read_bytes": nbytes, "bandwidth": bandwidth,
-        "promised": bandwidth / nbytes, "kernels": peer, "activations": "int8",
+        "decode": 1 / median(one), "decode_cpu": 1 / worked, "decode_slow": 1 / one[-len(one) // 4], "decode_best": 1 / one[0],
+        "prefill": options.prompt / prompt[0], "weight_bytes": nbytes, "read_bytes": nbytes, **read_bandwidth(),
+        "kernels": peer, "activations": "int8",
     }  # fmt: skip
 
 
 def table(cells: list[dict[str, Any]]) -> list[str]:
     """Markdown. Ratios are to bf16 at as many threads."""
     lines = [
-        "| threads | weights | decode, tokens/s | best | x bf16 | promised | of it | prefill | weights, MB | resident, MB |",
-        "| --- " * 10 + "|",
+        "| threads | weights | decode, tokens/s | x bf16 | promised | of it | prefill | weights, MB | resident, MB |",
+        "| --- " * 9 + "|",
     ]
     for cell in sorted(cells, key=lambda c: c["threads"]):
         dense = next((c for c in cells if c["way"] == "bf16" and c["threads"] == cell["threads"]), None)
-        ratio = f"{cell['decode'] / dense['decode']:.1f}" if dense else "–"
+        ratio = f"{cell['rate'] / dense['rate']:.1f}" if dense else "–"
         inside = f"{cell['resident_bytes'] / 1e6:,.0f}" if "resident_bytes" in cell else "–"
         lines.append(
-            f"| {cell['threads']} | {cell['way']} | {cell['decode']:.1f} | {cell['decode_best']:.1f} | {ratio} | "
-            f"{cell['promised']:.1f} | {cell['decode'] / cell['promised']:.2f} | {cell['prefill']:.0f} | "
-            f"{cell['weight_bytes'] / 1e6:,.0f} | {inside} |"
+            f"| {cell['threads']} | {cell['way']} | {cell['rate']:.1f} | {ratio} | {cell['promised']:.1f} | "
+            f"{cell['rate'] / cell['promised']:.2f} | {cell['prefill']:.0f} | {cell['weight_bytes'] / 1e6:,.0f} | {inside} |"
         )
     return lines
 
@@ -322,13 +336,13 @@ def plot(cells: list[dict[str, Any]], file: Path) -> None:
         for cell in these:
             ours = cell["way"].split()[0] not in ("ggml", "ik")
             axis.scatter(
-                cell["read_bytes"] / 1e6, cell["decode"], marker="o" if ours else "x", color="C0" if ours else "C1"
+                cell["read_bytes"] / 1e6, cell["rate"], marker="o" if ours else "x", color="C0" if ours else "C1"
             )
             axis.annotate(
-                cell["way"], (cell["read_bytes"] / 1e6, cell["decode"]), xytext=(4, 4), textcoords="offset points"
+                cell["way"], (cell["read_bytes"] / 1e6, cell["rate"]), xytext=(4, 4), textcoords="offset points"
             )
         sizes_ = sorted(c["read_bytes"] for c in these)
-        bandwidth = max(c["bandwidth"] for c in these)
+        bandwidth = max(c["promised"] * c["read_bytes"] for c in these)
         axis.plot([s / 1e6 for s in sizes_], [bandwidth / s for s in sizes_], color="grey", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="MB of weights read per token", ylabel="tokens per second")
         axis.set_title(f"{threads} thread{'s' if threads > 1 else ''}; grey: read bandwidth")
