@@ -271,7 +271,7 @@ def _kernels() -> Finding:
     except Exception as error:
         return Finding("kernels", "note", f"references in torch, slow: {error}", "see the remedies above")
     pages = "pages of 2 MB are asked for" if huge_pages_possible() else "pages of 4 KB only"
-    found = f"compiled: {current} of {', '.join(isas)}; {pages}; activations rounded to 8 bits cost about 1 % (docs/kernels.md)"
+    found = f"compiled: {current} of {', '.join(isas)}; {pages}; activations rounded to 8 bits add about 0.6 % (docs/kernels.md)"
     if native.stale():
         return Finding("kernels", "note", f"{found}; older than the sources beside it", COMMAND)
     return Finding("kernels", "ok", found)

@@ -7,7 +7,7 @@
 
 activations=8: x is rounded to integers -127 .. 127 with a scale per token and block of inputs (its group, at most 128
 inputs), amax / 127. Sums over a block are exact integers; the rounding error of an input is at most half its block's scale:
-relative to the block's largest input 1 / 254, so that a random one adds about 0.5 % to the output (docs/kernels.md).
+relative to the block's largest input 1 / 254, so that Gaussian ones add about 0.6 % to the output (docs/kernels.md).
 
 On the CPU compiled kernels run (compress/kernels/cpu), on NVIDIA GPUs those of `cuda/` where they may (compress/kernels/cuda),
 elsewhere, or where they were not built, the references. A weight lies in the layout of the device that it was prepared on.
