@@ -291,4 +291,6 @@ def _compilers() -> Finding:
     names = ("c++", "g++", "clang++", "cmake", "nvcc")
     found = {name: shutil.which(name) for name in names}
     present = [name for name, path in found.items() if path] or ["none"]
-    return Finding("compilers", "ok", f"{', '.join(present)} (c++ and cmake build the kernels of the CPU, nvcc those of GPUs)")
+    return Finding(
+        "compilers", "ok", f"{', '.join(present)} (c++ and cmake build the kernels of the CPU, nvcc those of GPUs)"
+    )
