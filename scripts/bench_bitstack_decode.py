@@ -5,7 +5,8 @@
     N, rebuilt       the same, but weights are rebuilt, some rows at a time, by the compiled kernels, and multiplied by torch
     N, torch         the same on the references, which do all of that in torch (--torch)
 
-All are in one process and take turns; the first round does not count. One token at a time from a cache of --context tokens.
+All are in one process and take turns; the first round does not count. --cpu-time counts processor time of one thread, whatever
+else the machine does; contention for memory stays in it. One token at a time from a cache of --context tokens.
 
     python scripts/bench_bitstack_decode.py --hidden 2048 --mlp 5632 --blocks 20 --heads 16 --kv-heads 16 --vocabulary 32000
 """
@@ -17,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -35,18 +36,18 @@ from compress.evaluation.speed_worker import cpu_name
 from compress.kernels import native, sign_planes
 
 
-def decode(model: Any, context: int, n_tokens: int) -> float:
+def decode(model: Any, context: int, n_tokens: int, clock: Callable[[], float]) -> float:
     """Seconds for a token, the cache filled before."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, model.config.vocab_size, (1, context), generator=generator)
     with torch.inference_mode():
         out = model(ids, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
-        start = time.perf_counter()
+        start = clock()
         for _ in range(n_tokens):
             out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1:].argmax(-1)
-        return (time.perf_counter() - start) / n_tokens
+        return (clock() - start) / n_tokens
 
 
 @contextmanager
@@ -79,7 +80,8 @@ def measure(work: Path, shape: Shape, options: argparse.Namespace) -> dict[str, 
     found: dict[str, dict[str, Any]] = {}
 
     def at(name: str, model: Any, nbytes: int, n_tokens: int) -> None:
-        seconds = decode(model, options.context, n_tokens)
+        clock = time.thread_time if options.cpu_time else time.perf_counter
+        seconds = decode(model, options.context, n_tokens, clock)
         kept = found.setdefault(name, {"layer_bytes": nbytes, "seconds_per_token": []})
         kept["seconds_per_token"].append(seconds)
 
@@ -105,6 +107,7 @@ def measure(work: Path, shape: Shape, options: argparse.Namespace) -> dict[str, 
         "processor": cpu_name(),
         "kernels": native.current_isa() or "torch",
         "context": options.context,
+        "clock": "processor time" if options.cpu_time else "wall",
         "models": found,
     }
 
@@ -121,7 +124,10 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="the references too")
     parser.add_argument("--work", type=Path, help="where the models go, and stay; by default a temporary folder")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, on one thread")
     options = parser.parse_args()
+    if options.cpu_time:
+        torch.set_num_threads(1)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -132,7 +138,7 @@ def main() -> None:
         return
     print(
         f"{found['stacked_weights'] / 1e6:,.0f} M weights in stacked layers, {found['processor']}, {found['threads']} threads, "
-        f"kernels {found['kernels']}"
+        f"kernels {found['kernels']}, {found['clock']}"
     )
     first = next(iter(found["models"].values()))["tokens_per_second"]
     for name, kept in found["models"].items():

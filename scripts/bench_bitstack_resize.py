@@ -1,9 +1,10 @@
 """Growing a loaded stack, beside a plain `pread` of the same bytes into fresh memory; and what shrinking gives back.
 
-The model is a random stack (scripts/random_stack.py) of about a billion parameters by default. Each round: the files of the stack
-are dropped from the page cache (posix_fadvise), the model is grown by --grow-mib and timed; they are dropped again, and the very
-bytes of the growth are read by pread, 16 MiB at a time, into memory that was just mapped; the other way round every second
-round. Then the model is shrunk, and the anonymous resident memory of the process is held against what it was before.
+The model is a random stack (scripts/random_stack.py) of about a billion parameters. Each round: its files are dropped
+from the page cache (posix_fadvise), the model is grown by --grow-mib and timed; they are dropped again, and the very bytes of the
+growth are read by pread, 16 MiB at a time, into memory that was just mapped; the other way round every second round. Processor
+time is told beside: it counts what was computed, whatever else the machine does. Then the model is shrunk, and the anonymous
+resident memory of the process is held against what it was before.
 
     python scripts/random_stack.py out/stack --hidden 2048 --mlp 5632 --blocks 20 --heads 16 --kv-heads 16 \\
         --vocabulary 32000 --stack-blocks 4
@@ -60,9 +61,9 @@ def extents(table: Any, first: int, last: int) -> list[tuple[Path, int, int]]:
     return found
 
 
-def plain_read(parts: list[tuple[Path, int, int]]) -> float:
-    """Seconds to read `parts` by pread into memory that was not touched before."""
-    start = time.perf_counter()
+def plain_read(parts: list[tuple[Path, int, int]]) -> tuple[float, float]:
+    """Seconds, and seconds of processor time, to read `parts` by pread into memory that was not touched before."""
+    start, used = time.perf_counter(), time.process_time()
     memory = mmap.mmap(-1, sum(nbytes for _, _, nbytes in parts))
     view, done = memoryview(memory), 0
     for file, offset, nbytes in parts:
@@ -72,7 +73,7 @@ def plain_read(parts: list[tuple[Path, int, int]]) -> float:
             n = os.preadv(descriptor, [view[done : done + min(PIECE, end - offset)]], offset)
             offset, done = offset + n, done + n
         os.close(descriptor)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start, time.process_time() - used
     view.release()
     memory.close()
     return seconds
@@ -91,21 +92,25 @@ def measure(folder: Path, grow_bytes: int, rounds: int, cold: bool) -> dict[str,
     small, first = anonymous_bytes(), model.stack.n_entries
     goal = model.stack.nbytes + grow_bytes
     parts = extents(table, first, model.stack.table.prefix_for(Budget(str(goal), nbytes=goal)))
-    found: dict[str, list[float]] = {"grow": [], "pread": [], "shrink": [], "large": [], "given_back": []}
+    names = ("grow", "grow_cpu", "pread", "pread_cpu", "shrink", "large", "given_back")
+    found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):  # the first one warms up
 
         def grown() -> None:
             if cold:
                 drop(files)
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             done = model.resize(goal)
             found["grow"].append(time.perf_counter() - begin)
+            found["grow_cpu"].append(time.process_time() - used)
             assert done.nbytes - done.nbytes_before == sum(nbytes for _, _, nbytes in parts)
 
         def read() -> None:
             if cold:
                 drop(files)
-            found["pread"].append(plain_read(parts))
+            seconds, used = plain_read(parts)
+            found["pread"].append(seconds)
+            found["pread_cpu"].append(used)
 
         for step in (grown, read) if number % 2 else (read, grown):
             step()
@@ -126,6 +131,9 @@ def measure(folder: Path, grow_bytes: int, rounds: int, cold: bool) -> dict[str,
         "grow_seconds": kept["grow"],
         "pread_seconds": kept["pread"],
         "ratio": median(a / b for a, b in zip(kept["grow"], kept["pread"], strict=True)),
+        "grow_cpu_seconds": kept["grow_cpu"],
+        "pread_cpu_seconds": kept["pread_cpu"],
+        "cpu_ratio": median(a / b for a, b in zip(kept["grow_cpu"], kept["pread_cpu"], strict=True)),
         "grow_bytes_per_second": nbytes / median(kept["grow"]),
         "shrink_seconds": kept["shrink"],
         "anonymous_bytes_grown": kept["large"],
@@ -156,8 +164,10 @@ def main() -> None:
     for name in ("grow", "pread", "shrink"):
         seconds = found[f"{name}_seconds"]
         spread = f"[{min(seconds) * 1e3:.1f}–{max(seconds) * 1e3:.1f}]"
-        print(f"{name:7} {median(seconds) * 1e3:8.1f} ms {spread}  {nbytes / median(seconds) / 1e9:.2f} GB/s")
-    print(f"grow / pread: {found['ratio']:.2f} (median of the rounds)")
+        used = found.get(f"{name}_cpu_seconds")
+        cpu = "" if used is None else f", {median(used) * 1e3:.1f} ms of processor time"
+        print(f"{name:7} {median(seconds) * 1e3:8.1f} ms {spread}  {nbytes / median(seconds) / 1e9:.2f} GB/s{cpu}")
+    print(f"grow / pread: {found['ratio']:.2f}, of processor time {found['cpu_ratio']:.2f} (medians of the rounds)")
     back = [a / b for a, b in zip(found["anonymous_bytes_given_back"], found["anonymous_bytes_grown"], strict=True)]
     print(
         f"anonymous memory: +{median(found['anonymous_bytes_grown']) / MIB:.1f} MiB grown, "

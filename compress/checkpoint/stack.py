@@ -22,6 +22,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -206,16 +207,32 @@ class StackTable:
         assert 0 <= first <= last <= len(self.entries), (first, last)
         if last > self.available:
             raise CheckpointError(self.loss or "")
+        self._announce(first, last)
         with ThreadPoolExecutor(1) as pool:
-            waiting: list[tuple[Entry, dict[str, Tensor], Future[None]]] = []
+            before: tuple[list[Entry], list[dict[str, Tensor]], Future[None]] | None = None
             for group in self._groups(first, last):
                 tensors = self._read_group(group)
-                while waiting:
-                    yield _settled(waiting.pop(0))
-                for entry, found in zip(group, tensors, strict=True):
-                    waiting.append((entry, found, pool.submit(self._check, entry, found if check else {})))
-            while waiting:
-                yield _settled(waiting.pop(0))
+                if before is not None:
+                    yield from _settled(*before)
+                before = group, tensors, pool.submit(self._check, group, tensors if check else [])
+            if before is not None:
+                yield from _settled(*before)
+
+    def _announce(self, first: int, last: int) -> None:
+        """Let the system begin to fetch what will be read: its own readahead is short."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        extents: dict[int, tuple[int, int]] = {}
+        for entry in self.entries[first:last]:
+            begin = extents.get(entry.file, (entry.offset, 0))[0]
+            extents[entry.file] = begin, entry.offset + entry.nbytes
+        for number, (begin, end) in extents.items():
+            with suppress(OSError):  # whoever reads will say so
+                descriptor = os.open(self.folder / self.files[number].name, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
 
     def _groups(self, first: int, last: int) -> Iterator[list[Entry]]:
         """Entries that lie one behind the other in one file, as many as one read takes."""
@@ -285,25 +302,25 @@ class StackTable:
                 f"model again"
             )
 
-    def _check(self, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
+    def _check(self, group: list[Entry], read: list[dict[str, Tensor]]) -> None:
         import torch
 
-        if not tensors:
-            return
-        crc = 0
-        for tensor in tensors.values():
-            crc = zlib.crc32(memoryview(tensor.view(-1).view(torch.uint8).numpy()), crc)
-        if crc != entry.crc:
-            raise CheckpointError(
-                f"{self.folder / self.files[entry.file].name}: level {entry.level} of {entry.module} is not what was written "
-                f"(its checksum differs from that in {STACK}); the file is damaged or of another run: fetch it again"
-            )
+        for entry, tensors in zip(group, read, strict=False):
+            crc = 0
+            for tensor in tensors.values():
+                crc = zlib.crc32(memoryview(tensor.view(-1).view(torch.uint8).numpy()), crc)
+            if crc != entry.crc:
+                raise CheckpointError(
+                    f"{self.folder / self.files[entry.file].name}: level {entry.level} of {entry.module} is not what was "
+                    f"written (its checksum differs from that in {STACK}); the file is damaged or of another run: fetch it again"
+                )
 
 
-def _settled(item: tuple[Entry, dict[str, Tensor], Future[None]]) -> tuple[Entry, dict[str, Tensor]]:
-    entry, tensors, checked = item
+def _settled(
+    group: list[Entry], tensors: list[dict[str, Tensor]], checked: Future[None]
+) -> Iterator[tuple[Entry, dict[str, Tensor]]]:
     checked.result()
-    return entry, tensors
+    yield from zip(group, tensors, strict=True)
 
 
 def _seen(file: Path) -> Seen | None:
