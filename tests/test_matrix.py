@@ -192,7 +192,7 @@ CASES = [
     ),
     Case("cospadi", [{"cospadi": {"keep_ratio": 0.7}}], [{"cospadi": {"keep_ratio": 0.9}}]),
     Case("cospadi_ksvd_conv1d", [{"cospadi": {"engine": "ksvd", "rounds": 3, "start": "columns"}}], model="gpt2"),
-    Case("cospadi_shared_experts", [{"cospadi": {"share": 3}}], model="mixtral"),
+    Case("cospadi_shared_experts", [{"cospadi": {"share": 3}, "layers": "*.experts.0.*"}], model="mixtral"),
     Case(
         "cospadi_shared_then_gptq",
         [{"cospadi": {"keep_ratio": 0.9, "share": 2}}, {"gptq": {"bits": 6, "group_size": 8}}],

@@ -18,6 +18,7 @@ from compress.modules.sparse import SparseLinear
 from compress.modules.spec import ModuleSpec
 
 REFIT_STEPS = 60  # of conjugate gradients at most; a rounded dictionary is far from orthogonal
+REFIT_DAMPING = 1e-3  # of the mean of diag(D H D^T): holds coefficients where they are that few inputs tell of
 
 
 class DictionaryLinear(FactoredLinear):
@@ -131,7 +132,10 @@ class DictionaryLinear(FactoredLinear):
         return changed
 
     def _fitted_codes(self, dictionary: nn.Module, second_moment: Tensor | None) -> nn.Module:
-        """The codes that do best behind `dictionary` what these do behind the present one."""
+        """The codes that do best behind `dictionary` what these do behind the present one:
+
+        minimise  tr((C D - C' D') H (C D - C' D')^T) + a |C - C'|^2,    a = damping mean(diag(D' H D'^T))
+        """
         codes = self.codes
         sparse = isinstance(codes, SparseLinear) and not codes.spec.bits
         if not sparse and not isinstance(codes, nn.Linear):
@@ -140,7 +144,10 @@ class DictionaryLinear(FactoredLinear):
         weighted = changed if second_moment is None else changed @ second_moment.to(changed)
         values = weight_of(codes)
         mask = codes.mask() if isinstance(codes, SparseLinear) else torch.ones_like(values, dtype=torch.bool)
-        found = fitted(weighted @ changed.T, values @ (before @ weighted.T), values, mask, REFIT_STEPS)
+        gram, wanted = weighted @ changed.T, values @ (before @ weighted.T)
+        added = REFIT_DAMPING * float(gram.diagonal().mean())
+        gram.diagonal().add_(added)
+        found = fitted(gram, wanted + added * values, values, mask, REFIT_STEPS)
         if isinstance(codes, SparseLinear):
             assert codes.weight_values is not None
             stored = found.to(codes.weight_values.dtype)
