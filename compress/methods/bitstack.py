@@ -11,8 +11,9 @@ bit. Where nothing takes it (o under grouped-query attention), it is stored, in 
 
 Behind the pass, blocks are put in the order in which they are worth loading: compress/methods/bitstack_order.py.
 
-Departures from the public code: rounded factors are subtracted; signs follow the magnitude's own; s is the root of the sum over all tokens, not the mean of the
-roots of each sequence; inputs are those behind the layers compressed before, which at all blocks are next to the original's.
+Departures from the public code: rounded factors are subtracted; signs follow the magnitude's own; s is the root of the sum over
+all tokens, not the mean of the roots of each sequence; inputs are those behind the layers compressed before, which at all
+blocks are next to the original's.
 
 Source: BitStack, Wang et al., 2024, arXiv:2410.23918.
 """
