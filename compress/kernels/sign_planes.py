@@ -27,7 +27,7 @@ from compress.kernels import native
 from compress.kernels.ops import LIBRARY, row_tiles
 from compress.linalg.signs import sign_bytes, unpack_signs
 
-TABLE_TOKENS = 8  # up to so many, one after the other, cost less than rebuilding the weight
+TABLE_TOKENS = 6  # up to so many, one after the other, cost less than rebuilding the weight (measured with AVX-512)
 TABLES_FLOAT, TABLES_WORD = 0, 1  # CK_TABLES_*
 
 LIBRARY.define(
