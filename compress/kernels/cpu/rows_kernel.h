@@ -36,33 +36,39 @@ struct Cursor {
   const uint8_t* place;
 };
 
-// 16 values, or as many as there are and zeros.
+// 16 values, or as many as there are before `end` and zeros.
 template <class P, int DTYPE>
-CK_INLINE typename P::Floats loaded(const char* from, const char* end, int64_t columns) {
+CK_NOINLINE typename P::Floats loaded_last(const char* from, const char* end, int64_t columns) {
   constexpr int64_t SIZE = DTYPE == CK_F32 ? 4 : 2;
-  if (__builtin_expect(end - from >= LANES * SIZE && columns >= LANES, 1)) return P::floats(static_cast<const void*>(from), DTYPE);
   alignas(64) char some[LANES * SIZE] = {0};
-  const int64_t n = min64(columns * SIZE, end - from);
+  const int64_t n = min64(min64(columns, LANES) * SIZE, end - from);
   if (n > 0) memcpy(some, from, size_t(n));
   return P::floats(static_cast<const void*>(some), DTYPE);
 }
 
-template <class P, int KIND, int DTYPE>
+// The next 16 columns. LAST: the row or the values may end among them.
+template <class P, int KIND, int DTYPE, bool LAST>
 CK_INLINE typename P::Floats next(Cursor& at, const char* end, int64_t columns, const PairTable& table) {
   constexpr int64_t SIZE = DTYPE == CK_F32 ? 4 : 2;
+  typename P::Floats v;
+  if constexpr (LAST) v = loaded_last<P, DTYPE>(at.value, end, KIND == DENSE ? columns : LANES);
+  else v = P::floats(static_cast<const void*>(at.value), DTYPE);
   if constexpr (KIND == DENSE) {
-    const auto v = loaded<P, DTYPE>(at.value, end, columns);
     at.value += LANES * SIZE;
     return v;
   } else {
     uint32_t mask;
-    if constexpr (KIND == BITS) mask = at.place[0] | uint32_t(at.place[1]) << 8;
-    else mask = table.mask[at.place[0]] | uint32_t(table.mask[at.place[1]]) << 8;
+    if constexpr (KIND == BITS) {
+      uint16_t bits;
+      memcpy(&bits, at.place, 2);
+      mask = bits;
+    } else {
+      mask = table.mask[at.place[0]] | uint32_t(table.mask[at.place[1]]) << 8;
+    }
     at.place += 2;
-    if (columns < LANES) mask &= (1u << columns) - 1;
-    const auto v = expanded(loaded<P, DTYPE>(at.value, end, LANES), mask);
+    if (LAST && columns < LANES) mask &= (1u << columns) - 1;
     at.value += __builtin_popcount(mask) * SIZE;
-    return v;
+    return expanded(v, mask);
   }
 }
 
@@ -110,19 +116,31 @@ CK_INLINE void write_one(const RowsCall& call, int64_t row, int token, float sum
 }
 
 template <class P, int KIND, int DTYPE, int R, int T>
-CK_NOINLINE void rows_block(const RowsCall& call, int64_t row, Cursor (&at)[R], const PairTable& table) {
-  typename P::Floats sum[R][T];
-  CK_UNROLL for (int r = 0; r < R; r++)
-    CK_UNROLL for (int t = 0; t < T; t++) sum[r][t] = P::broadcast(0.0f);
+CK_NOINLINE void rows_block(const RowsCall& call, int64_t row, const Cursor (&start)[R], const PairTable& table) {
+  const int64_t n = call.in_features, padded = call.padded;
   const char* end = call.values + call.n_values * (DTYPE == CK_F32 ? 4 : 2);
-  for (int64_t k = 0; k < call.padded; k += LANES) {
-    typename P::Floats x[T];
-    CK_UNROLL for (int t = 0; t < T; t++) x[t] = P::floats(call.x + t * call.padded + k);
+  const float* x = call.x;
+  Cursor at[R];
+  typename P::Floats sum[R][T];
+  CK_UNROLL for (int r = 0; r < R; r++) {
+    at[r] = start[r];
+    CK_UNROLL for (int t = 0; t < T; t++) sum[r][t] = P::broadcast(0.0f);
+  }
+  // No row has more than n values: where so many are left behind the last row's first one, nothing need be checked.
+  const int64_t free = end - start[R - 1].value >= padded * (DTYPE == CK_F32 ? 4 : 2) ? n / LANES * LANES : 0;
+  int64_t k = 0;
+  for (; k < free; k += LANES) {
     CK_UNROLL for (int r = 0; r < R; r++) {
-      const auto w = next<P, KIND, DTYPE>(at[r], end, call.in_features - k, table);
-      CK_UNROLL for (int t = 0; t < T; t++) sum[r][t] = P::fmadd(w, x[t], sum[r][t]);
+      if (KIND == DENSE) P::prefetch(reinterpret_cast<const uint8_t*>(at[r].value));
+      const auto w = next<P, KIND, DTYPE, false>(at[r], end, LANES, table);
+      CK_UNROLL for (int t = 0; t < T; t++) sum[r][t] = P::fmadd(w, P::floats(x + t * padded + k), sum[r][t]);
     }
   }
+  for (; k < padded; k += LANES)
+    CK_UNROLL for (int r = 0; r < R; r++) {
+      const auto w = next<P, KIND, DTYPE, true>(at[r], end, n - k, table);
+      CK_UNROLL for (int t = 0; t < T; t++) sum[r][t] = P::fmadd(w, P::floats(x + t * padded + k), sum[r][t]);
+    }
   CK_UNROLL for (int r = 0; r < R; r++)
     CK_UNROLL for (int t = 0; t < T; t++) write_one(call, row + r, t, total_of<P>(sum[r][t]));
 }
@@ -161,7 +179,9 @@ void rows_write(const RowsCall& call, int64_t first, int64_t end) {
   for (int64_t row = first; row < end; row++) {
     Cursor from = row_at<KIND, DTYPE>(call, row, &before);
     for (int64_t k = 0; k < call.in_features; k += LANES) {
-      const auto v = next<P, KIND, DTYPE>(from, stop, call.in_features - k, table);
+      const bool last = call.in_features - k < LANES || stop - from.value < LANES * int64_t(DTYPE == CK_F32 ? 4 : 2);
+      const auto v = last ? next<P, KIND, DTYPE, true>(from, stop, call.in_features - k, table)
+                          : next<P, KIND, DTYPE, false>(from, stop, LANES, table);
       void* to = at(call.out, call.out_dtype, row * call.out_stride + k);
       if (call.in_features - k >= LANES) {
         P::store_as(to, call.out_dtype, v);
