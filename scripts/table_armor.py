@@ -19,13 +19,7 @@ BLOCKS = (4, 8, 16, 32)
 ITERATIONS = (0, 30, 100, 300)
 SIZE = 8  # of the blocks that `iterations` has
 GPTQ = {"clip": "mse", "order": "gar"}
-ROUNDED = (
-    (4, 64),
-    (4, 32),
-    (5, 64),
-    (6, 32),
-    (8, 64),
-)  # bits and groups of prune's core, whose sizes armor's lie among
+ROUNDED = ((4, 32), (5, 64), (6, 32))  # bits and groups of prune's core, whose sizes armor's lie among
 CORE = {"bits": 4, "group_size": 64, **GPTQ}  # of armor's core
 
 
@@ -76,7 +70,7 @@ def rounded(measure: Measure) -> Iterator[str]:
             {"gptq": {"bits": bits, "group_size": size, **GPTQ}},
         ]
         for score in SCORES
-        for bits, size in (ROUNDED if score == "sparsegpt" else ROUNDED[:2])
+        for bits, size in (ROUNDED if score == "sparsegpt" else ROUNDED[:1])
     }
     for size in BLOCKS[:3]:
         rows[f"`armor`, blocks of {size}, then `gptq`, 4 bits, groups of 64"] = [armor(measure, size), {"gptq": CORE}]
