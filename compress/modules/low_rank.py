@@ -34,7 +34,7 @@ class LowRankLinear(FactoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.left, self.right
-        if type(left) is nn.Linear and type(right) is nn.Linear:
+        if _plain(left) and _plain(right):
             return low_rank_linear(x, left.weight, right.weight, self.bias)
         return super().forward(x)
 
@@ -59,3 +59,9 @@ class LowRankLinear(FactoredLinear):
             fitted = refitted_left(weight_of(left), weight_of(self.right), changed, second_moment, REFIT_DAMPING)
             left = linear_with(fitted.to(left.weight.dtype))
         return LowRankLinear(spec, replaced(self.right, module), left, bias=self.bias)
+
+
+def _plain(factor: nn.Module) -> bool:
+    """Whether its weight may be used without calling it: nobody listens, or brings the weight only when it is called."""
+    listened = factor._forward_hooks or factor._forward_pre_hooks or "forward" in factor.__dict__
+    return type(factor) is nn.Linear and not listened

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
 
 import compress
 from compress.kernels import native
@@ -43,6 +44,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def test_packed_when_loaded_and_plain_when_saved(folder, tmp_path, capfd):
+    logging.enable_progress_bar()  # a command line that ran in this process may have turned it off
     plain = compress.load(folder, kernels="reference")
     assert packed_linears(plain) == []
     expected = plain(IDS, use_cache=False).logits
