@@ -35,7 +35,7 @@ class LowRankLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.left, self.right
         if _plain(left) and _plain(right):
-            return low_rank_linear(x, left.weight, right.weight, self.bias)
+            return low_rank_linear(x, left.get_parameter("weight"), right.get_parameter("weight"), self.bias)
         return super().forward(x)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
