@@ -135,12 +135,10 @@ def squared_error(output: Tensor, target: Tensor, trim: float = 0.0) -> Tensor:
 
 def batches(lengths: Sequence[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Rows to run together, for ever: all are visited in an order drawn anew each time; those of a batch have one length."""
-    by_length: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(row)
+    by_length = _by_length(range(len(lengths)), lengths)
     while True:
         drawn = []
-        for rows in by_length.values():
+        for rows in by_length:
             order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
             take = min(size, len(order))
             drawn += [order[first : first + take] for first in range(0, len(order) - take + 1, take)]
@@ -262,7 +260,9 @@ def _descend(
     task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Schedule, loss: Loss, generator: torch.Generator
 ) -> list[tuple[Tensor, ...]]:
     """Returns the iterate with the least loss on its own batch."""
-    learned = [p for module in modules.values() for p in (module.offset, module.factor) if p.requires_grad]
+    moves = [(module.offset, schedule.lr, (-0.5, 0.5)) for module in modules.values()]
+    moves += [(module.factor, schedule.range_lr, FACTOR_RANGE) for module in modules.values()]
+    moves = [move for move in moves if move[0].requires_grad]
     drawn = batches(task.rows.lengths, schedule.batch_rows, generator)
     best, least = [module.copy() for module in modules.values()], math.inf
     for iteration in range(schedule.iterations):
@@ -274,22 +274,14 @@ def _descend(
             )
         if number < least:
             best, least = [module.copy() for module in modules.values()], number
-        gradients = torch.autograd.grad(value, learned, allow_unused=True)
+        gradients = torch.autograd.grad(value, [parameter for parameter, *_ in moves], allow_unused=True)
         share = 1 - iteration / schedule.iterations
         with torch.no_grad():
-            for parameter, gradient in zip(learned, gradients, strict=True):
-                if gradient is None:  # an expert that no token of the batch reached
-                    continue
-                if parameter.shape[-1] == 1 and _is_factor(parameter, modules):
-                    parameter.sub_(gradient.sign_(), alpha=schedule.range_lr * share).clamp_(*FACTOR_RANGE)
-                else:
-                    parameter.sub_(gradient.sign_(), alpha=schedule.lr * share).clamp_(-0.5, 0.5)
+            for (parameter, lr, bounds), gradient in zip(moves, gradients, strict=True):
+                if gradient is not None:  # None: of an expert that no token of the batch reached
+                    parameter.sub_(gradient.sign_(), alpha=lr * share).clamp_(*bounds)
         _show(task, iteration, schedule, number)
     return best
-
-
-def _is_factor(parameter: Tensor, modules: Mapping[str, LearnedLinear]) -> bool:
-    return any(parameter is module.factor for module in modules.values())
 
 
 def _loss(
@@ -336,10 +328,14 @@ def _judged(task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Sc
     return total / tokens
 
 
-def _alike(rows: list[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    by_length: dict[int, list[int]] = {}
-    for row in rows:
-        by_length.setdefault(lengths[row], []).append(row)
-    for alike in by_length.values():
+def _alike(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    for alike in _by_length(rows, lengths):
         for first in range(0, len(alike), size):
             yield alike[first : first + size]
+
+
+def _by_length(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(lengths[row], []).append(row)
+    return list(groups.values())

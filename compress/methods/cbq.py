@@ -15,13 +15,14 @@ it was. K = 1 is `signround`. What is learned there is learned here, in the same
 V0 is where each weight stands between its neighbours: A B = 0 is the weight itself. Nothing of A and B is stored.
 
 The paper has no public code; the two terms' weights, the direction of the divergence and A B on top of V0 are choices of ours.
-Its pre-processing of outliers is a method of its own, `truncate`.
+Its pre-processing of outliers is not here.
 
 Source: Ding et al., 2023, arXiv:2312.07950.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
@@ -37,6 +38,7 @@ from compress.methods.block import Learned, WindowTask
 from compress.methods.block_learning import LearnedLinear, Schedule, SoftLinear, learn_signs, learn_soft, squared_error
 from compress.methods.signround import (
     ADAM_LR,
+    NOTHING_BETTER,
     TRAINING_FIELDS,
     WHY,
     SignRound,
@@ -175,6 +177,7 @@ def _state(task: WindowTask, name: str, module: LearnedLinear) -> dict[str, Tens
         state |= {key: known[key] for key in known if key not in state}
     else:
         state |= {f"start_{key}": torch.tensor(value) for key, value in task.started[name].report.items()}
+        state["notes"] = torch.tensor(list(json.dumps(task.started[name].notes).encode()), dtype=torch.uint8)
         state["codes"] = learned_codes(module.start, None, torch.ones_like(module.factor))
     return state
 
@@ -201,5 +204,7 @@ def _finished(task: WindowTask, name: str, module: LearnedLinear, state: Mapping
     report["moved"] = float((state["codes"] != stored.codes()).float().mean())
     if "undecided" in state:
         report["undecided"] = float(state["undecided"])
-    notes = list(task.started[name].notes) if name in task.started else []
+    notes = json.loads(bytes(state["notes"].tolist()))
+    if state["was_start"]:
+        notes.append(NOTHING_BETTER)
     return Outcome(stored, report, notes)

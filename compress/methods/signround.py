@@ -53,6 +53,7 @@ ADAM_LR = 1e-3  # AdaRound's code
 TRAINING_FIELDS = (
     "start", "parametrization", "iterations", "lr", "range_lr", "learn_ranges", "batch_rows", "trim", "inputs", "half",
 )  # fmt: skip
+NOTHING_BETTER = "learning found nothing better than its start, which was kept"
 WHY = "the layers of a block are learned together; give them one value"
 
 
@@ -193,7 +194,7 @@ def outcome(task: WindowTask, name: str, module: LearnedLinear, figures: Figures
         report["undecided"] = left
     notes = list(started.notes)
     if figures.which == "start":
-        notes.append("learning found nothing better than its start, which was kept")
+        notes.append(NOTHING_BETTER)
     return Outcome(stored, report, notes)
 
 

@@ -123,8 +123,6 @@ class Learner:
         """What the step makes of the layers of block `index`, which is loaded and has `hidden` as inputs; `before` is what the
         steps before made of them. The outcomes are in place."""
         names = self._names(index)
-        if not names:
-            return {}
         self._check_restored(index, names)
         places = {name: self._place(name) for name in names}
         originals = {name: parent.get_submodule(attribute) for name, (parent, attribute) in places.items()}
@@ -138,6 +136,8 @@ class Learner:
         blocks = {index: block}
         if not final and self._end(index) > index + 1:
             self._begin_rest(index, hidden, blocks, places, layers, started)
+        if not layers:
+            return {}
         assert self.ahead is not None
         task = WindowTask(
             name=self.stage.model.architecture.blocks[index],

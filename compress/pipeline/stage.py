@@ -345,7 +345,7 @@ class Stage:
         for name, outcome in outcomes.items():
             planned = step.specs[name]
             assert outcome.module.spec == planned, f"{name}: {outcome.module.spec} where {planned} was planned"
-            for note in outcome.notes:
+            for note in [] if step.starts else outcome.notes:  # what learns on from a start repeats its notes
                 self.progress.note(f"{name}: {note}")
 
     def generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator:

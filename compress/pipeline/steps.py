@@ -68,6 +68,7 @@ def plan_steps(
         fitted |= (decisions or {}).get(number, {})
         fitted |= _arranged(_where(number, method), method, fitted, weights)
         planned.append(_plan_step(number, method, fitted, weights, current))
+        _check_window(planned)
         current.update(planned[-1].specs)
     return _lending(planned, current, source_specs)
 
@@ -216,6 +217,21 @@ def _plan_step(
             method.order_rows(used)  # refuses settings that must be those of all layers
     needs_data = any(method.needs_tokens(config) for config in used.values())
     return StepPlan(number, method, used, specs, needs_data, needs_original, kept, folds=folds)
+
+
+def _check_window(planned: Sequence[StepPlan]) -> None:
+    """A window's later blocks are learned before the steps in front get to them: they must leave its layers alone."""
+    *earlier, step = planned
+    if not step.method.by_blocks or step.method.window(step.configs) == 1:  # type: ignore[attr-defined]
+        return
+    for before in earlier:
+        for name in step.specs:
+            if name in before.specs:
+                raise RecipeError(
+                    f"{_where(step.number, step.method)}: {name} is changed by {_where(before.number, before.method)} first, "
+                    f"and a window learns blocks that step has not reached; use window: 1 and overlap: 0, or skip the layer "
+                    f"in one of them"
+                )
 
 
 def _where(number: int, method: type[SiteMethod]) -> str:

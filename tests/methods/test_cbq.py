@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from compress.errors import RecipeError
 from compress.methods.block import WindowTask
 from compress.methods.block_learning import LearnedLinear, Schedule, _loss
 from compress.methods.cbq import CBQConfig, window_error
@@ -72,3 +73,17 @@ def test_the_divergence_of_equal_outputs_is_nothing():
 def test_a_window_that_would_not_move_is_refused():
     with pytest.raises(ValidationError, match="overlap=2 must be less than window=2; use 1 or less"):
         CBQConfig(window=2, overlap=2)
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_block_without_layers_of_the_step_stands_in_a_window(overlap, tiny, text, tmp_path):
+    learn = {**LEARN, "iterations": 1, "window": 2, "overlap": overlap}
+    step = {"cbq": learn, "skip": "model.layers.1.*" if overlap else "model.layers.2.*"}
+    found = run(recipe_for(tiny("llama"), [step], text), tmp_path / "out").report["layers"]
+    assert found and all("block_error" in layer["figures"] for layer in found)
+
+
+def test_a_layer_that_is_changed_first_is_for_windows_of_one_block(tiny, text, tmp_path):
+    steps = [{"laser": {"rate": 0.5}, "layers": "*.down_proj"}, {"cbq": {**LEARN}}]
+    with pytest.raises(RecipeError, match=r"down_proj is changed by steps\.0\.laser first"):
+        run(recipe_for(tiny("llama"), steps, text), tmp_path / "out")
