@@ -146,6 +146,13 @@ class HiddenStates:
             self._slots[batch] = self._file.allocate(hidden.nbytes)
         self._file.write(self._slots[batch], raw(hidden))
 
+    def copied(self, folder: Path) -> HiddenStates:
+        """The same once more, under the same allowance."""
+        other = HiddenStates(self.shapes, self.dtype, self.allowance, folder)
+        for batch in range(len(self)):
+            other[batch] = self[batch]
+        return other
+
     def drop(self, batch: int) -> None:
         """Forget a batch that is held in memory (its slot on disk is reused when it is set again)."""
         self._held[batch] = None

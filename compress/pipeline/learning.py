@@ -44,6 +44,8 @@ class Surroundings(Protocol):
     allowance: Allowance
     scratch: Path
 
+    def propagate(self, block: nn.Module, index: int, hidden: HiddenStates) -> None: ...
+
     def generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator: ...
 
 
@@ -110,9 +112,7 @@ class Learner:
 
     def _propagate(self, index: int, hidden: HiddenStates) -> None:
         model = self.stage.model
-        block = model.load_block(index)
-        for batch in range(len(hidden)):
-            hidden[batch] = model.call_block(block, index, hidden[batch].to(self.stage.device))
+        self.stage.propagate(model.load_block(index), index, hidden)
         model.unload_block(index)
 
     # ---- a window
@@ -166,16 +166,12 @@ class Learner:
         started: dict[str, Outcome],
     ) -> None:
         """Copies of the window's other blocks, and what their layers are as yet."""
-        model, allowance, scratch = self.stage.model, self.stage.allowance, self.stage.scratch
-        entering = HiddenStates(hidden.shapes, hidden.dtype, allowance, scratch)
-        for batch in range(len(hidden)):
-            entering[batch] = hidden[batch]
+        model = self.stage.model
+        entering = hidden.copied(self.stage.scratch)
         for j in range(index + 1, self._end(index)):
             own = {name: layers[name] for name in self._names(j - 1)}
             with _replaced(places, {name: self._running(layer, started) for name, layer in own.items()}):
-                for batch in range(len(entering)):
-                    x = entering[batch].to(self.stage.device)
-                    entering[batch] = model.call_block(blocks[j - 1], j - 1, x)
+                self.stage.propagate(blocks[j - 1], j - 1, entering)
             loaded = model.load_block(j)
             names = self._names(j)
             layers |= {name: self._layer(name, j, {}) for name in names}

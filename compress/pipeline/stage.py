@@ -104,7 +104,7 @@ class Stage:
         with self.watch("embed"):
             hidden = self.embed_all()
             self.probe_hidden = self.model.embed(self.probe_ids)
-            original = self._copy(hidden) if self.needs_original else None
+            original = hidden.copied(self.scratch) if self.needs_original else None
             for learner in self.learners.values():
                 learner.open()
         for index in range(architecture.n_blocks):
@@ -129,12 +129,6 @@ class Stage:
 
     def embed_all(self) -> HiddenStates:
         return embedded(self.model.embed, self.batches, self.allowance, self.scratch)
-
-    def _copy(self, hidden: HiddenStates) -> HiddenStates:
-        copied = HiddenStates(hidden.shapes, hidden.dtype, self.allowance, self.scratch)
-        for batch in range(len(hidden)):
-            copied[batch] = hidden[batch]
-        return copied
 
     def propagate(self, block: nn.Module, index: int, hidden: HiddenStates) -> None:
         """Run a whole block; `hidden` becomes its outputs."""
