@@ -118,7 +118,7 @@ static int largest_shared(int* bytes) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return int(error);
+  return error == cudaSuccess ? CC_OK : failed(error);
 }
 
 extern "C" int64_t cc_hadamard_largest(void) {

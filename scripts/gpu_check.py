@@ -3,6 +3,7 @@
     --checks      correctness only
     --sanitize    small shapes only, no timing: what compute-sanitizer runs
     --json FILE   everything that was found
+    --failed TOOL …   sanitizers that found something: the check has not passed
 
 Exit code 0 only if every operation equals its reference. No GPU: one line, and not 0.
 """
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("--checks", action="store_true")
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--failed", nargs="+", default=[], metavar="TOOL")
     parser.add_argument("--seed", type=int, help="of the data; by default another one each time")
     parser.add_argument("--architecture", action="store_true", help="say what nvcc calls this GPU, and stop")
     given = parser.parse_args()
@@ -69,7 +71,9 @@ def main() -> int:
     seed = torch.seed() % 2**31 if given.seed is None else given.seed
     device = torch.device("cuda", torch.cuda.current_device())
     outcomes = checked(library, device, seed, given.sanitize)
-    passed = all(outcome.passed for outcome in outcomes)
+    passed = all(outcome.passed for outcome in outcomes) and not given.failed
+    if given.failed:
+        print(f"FAILED under compute-sanitizer: {', '.join(given.failed)}")
     properties = torch.cuda.get_device_properties(device)
     report: dict[str, Any] = {
         "gpu": properties.name,
@@ -84,6 +88,7 @@ def main() -> int:
         "date": date.today().isoformat(),
         "seed": seed,
         "passed": passed,
+        "sanitizers_failed": given.failed,
         "checks": [outcome.to_dict() for outcome in outcomes],
     }
     if not given.sanitize and not given.checks:

@@ -54,3 +54,27 @@ def test_without_a_compiler_the_error_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("NVCC", str(tmp_path / "nvcc"))
     with pytest.raises(build.BuildError, match="nvcc is missing: install the CUDA toolkit"):
         build.compile_unit("dequantize", ["80"], tmp_path / "x")
+
+
+def test_objects_that_are_still_right_are_not_compiled_again(monkeypatch, tmp_path):
+    """With a compiler that only notes what it is told."""
+    notes = tmp_path / "notes"
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(
+        f'#!/bin/sh\ncase " $* " in *version*) echo 13; exit;; esac\necho "$@" >> {notes}\n'
+        'while [ "$1" != -o ]; do shift; done\necho > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(compiler))
+
+    def compiled(*architectures: str) -> list[str]:
+        notes.write_text("")
+        build.build(tmp_path / "library.so", architectures, tmp_path / "objects", jobs=1)
+        return [unit for unit in build.UNITS if f"{unit}.cu" in notes.read_text()]
+
+    assert compiled("80", "90a") == list(build.UNITS)
+    assert compiled("80", "90a") == []
+    assert (tmp_path / "library.so").is_file()
+    (tmp_path / "objects" / "hadamard.o").unlink()
+    assert compiled("80", "90a") == ["hadamard"]
+    assert compiled("90a") == list(build.UNITS)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compress.kernels.cuda import status
+from compress.kernels.cuda import gpus, status
 from compress.kernels.cuda.check import Outcome, cases, run_case
 from compress.kernels.cuda.gpus import UNKNOWN
 from compress.kernels.cuda.timing import Time, best, n_copies, shortfalls, suggested, summary, table
@@ -117,6 +117,23 @@ def test_doctor_names_what_is_missing():
     assert "install the CUDA toolkit" in status.report(replace(machine, absent="not built yet", nvcc=None))[2]
     assert "never run on a GPU that nobody knows" in status.report(machine)[1]
     assert status.report(replace(machine, stale=True))[0] == "note"
+    assert "was built for sm_86, sm_90a, and" not in status.report(replace(machine, architectures="86 90a"))[1]
+    assert "was built for sm_90a, and" in status.report(replace(machine, gpus=[("A", (8, 0))], architectures="90a"))[1]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "refused"),
+    [
+        ("80 86 89 90a", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)], []),
+        ("86", [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
+        ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+    ],
+)
+def test_a_library_runs_on_what_it_was_built_for(architectures, runs, refused, monkeypatch):
+    monkeypatch.setenv("COMPRESS_CUDA_KERNELS", "1")
+    assert [gpus.unusable("a GPU", capability, architectures) for capability in runs] == [None] * len(runs)
+    for capability in refused:
+        assert "and a GPU needs another: python -m" in gpus.unusable("a GPU", capability, architectures)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

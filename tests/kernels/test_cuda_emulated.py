@@ -125,7 +125,10 @@ def test_inputs_of_any_shape_and_strides(library):
     turned = wide[:, 8:104].T.contiguous().T
     assert close(linear(library, turned.view(2, 2, 96), buffer, layout).flatten(0, 1), wanted)
     assert linear(library, wide[:0, 8:104], buffer, layout).shape == (0, 65)
-    assert linear(library, torch.zeros(2, 0, 96).bfloat16(), buffer, layout).shape == (2, 0, 65)
+    nothing = torch.zeros(2, 0, 96).bfloat16()
+    low_rank = LowRank.of(torch.zeros(65, 8).bfloat16(), torch.zeros(8, 96).bfloat16())
+    for part in (None, low_rank):
+        assert linear(library, nothing, buffer, layout, low_rank=part).shape == (2, 0, 65)
 
 
 def test_what_is_not_finite_stays_with_its_token(library):
@@ -151,6 +154,11 @@ def test_what_cannot_be_is_refused_with_op_shape_and_device(library):
         linear(library, x[:, :64], buffer, layout)
     with pytest.raises(RecipeError, match="the buffer is"):
         linear(library, x, buffer[:-128], layout)
+    with pytest.raises(RecipeError, match="the bias is .* on meta"):
+        linear(library, x, buffer, layout, torch.zeros(64, device="meta"))
+    with pytest.raises(RecipeError, match="the low-rank part is on meta"):
+        part = LowRank.of(torch.zeros(64, 8).half(), torch.zeros(8, 128, device="meta").half())
+        linear(library, x, buffer, layout, low_rank=part)
     with pytest.raises(RecipeError, match="no such Hadamard matrix"):
         transform(library, torch.zeros(2, 6).half(), 6, False)
 

@@ -38,9 +38,7 @@ def sources() -> Path | None:
 
 def source_digest() -> str:
     """Of all files the library is built from; the library tells the one of its own."""
-    folder = sources()
-    if folder is None:
-        raise BuildError("the sources of the CUDA kernels are not there: pip install --force-reinstall compress-llm")
+    folder = _source(UNITS[0]).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".cu", ".cpp", ".h"):
@@ -62,17 +60,42 @@ def compile_unit(unit: str, architectures: Sequence[str], to: Path, *flags: str)
 
     Raises: BuildError.
     """
-    compiler, folder = nvcc(), sources()
+    return _run([*_command(unit, architectures, *flags), "-o", str(to), str(_source(unit))])
+
+
+def _source(unit: str) -> Path:
+    folder = sources()
+    if folder is None:
+        raise BuildError("the sources of the CUDA kernels are not there: pip install --force-reinstall compress-llm")
+    return folder / f"{unit}.cu"
+
+
+def _command(unit: str, architectures: Sequence[str], *flags: str) -> list[str]:
+    """nvcc and all it is told but the files."""
+    compiler = nvcc()
     if compiler is None:
         raise BuildError(f"nvcc is missing: install the CUDA toolkit, or name one in NVCC, then {COMMAND}")
-    digest = source_digest()
-    assert folder is not None
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     if "-cubin" not in flags and not architectures[0].endswith("a"):  # PTX, for GPUs that are newer than all of them
         codes.append(f"-gencode=arch=compute_{architectures[0]},code=compute_{architectures[0]}")
-    names = [f'-DCC_SOURCE_DIGEST="{digest}"', f'-DCC_ARCHITECTURES="{" ".join(architectures)}"']
-    kind = [] if "-cubin" in flags else ["-c"]
-    return _run([compiler, *FLAGS, *names, *codes, *kind, *flags, "-o", str(to), str(folder / f"{unit}.cu")])
+    names = []
+    if unit == "interface":  # the unit that tells them
+        names = [f'-DCC_SOURCE_DIGEST="{source_digest()}"', f'-DCC_ARCHITECTURES="{" ".join(architectures)}"']
+    return [compiler, *FLAGS, *names, *codes, *([] if "-cubin" in flags else ["-c"]), *flags]
+
+
+def _object(unit: str, architectures: Sequence[str], to: Path) -> str:
+    """`compile_unit` into `to`, unless it lies there from the same sources and command; what the compiler said then."""
+    source, command = _source(unit), _command(unit, architectures)
+    state = hashlib.sha256("\0".join([*command, _run([command[0], "--version"])]).encode())
+    for path in (*sorted(source.parent.glob("*.h")), source):
+        state.update(path.read_bytes() + b"\0")
+    log = to.with_suffix(".log")
+    first, _, said = log.read_text().partition("\n") if log.is_file() and to.is_file() else ("", "", "")
+    if first != state.hexdigest():
+        said = compile_unit(unit, architectures, to)
+        log.write_text(f"{state.hexdigest()}\n{said}")
+    return said
 
 
 def build(
@@ -81,7 +104,7 @@ def build(
     """Compile into `library`, replaced at once when all went well; returns what the compiler said.
 
     Args:
-        folder: keeps the objects.
+        folder: keeps the objects; those that lie there from the same sources are not compiled again.
         jobs: compilers at a time; 0: as many as cores.
 
     Raises: BuildError.
@@ -91,7 +114,7 @@ def build(
         objects.mkdir(parents=True, exist_ok=True)
         targets = [objects / f"{unit}.o" for unit in UNITS]
         with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-            said = list(pool.map(lambda u, t: compile_unit(u, architectures, t), reversed(UNITS), reversed(targets)))
+            said = list(pool.map(lambda u, t: _object(u, architectures, t), reversed(UNITS), reversed(targets)))
         compiler = nvcc()
         assert compiler is not None
         linked = objects / LIBRARY.name
@@ -159,7 +182,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog=COMMAND, description="Build the CUDA kernels of compress.")
     parser.add_argument("--output", type=Path, default=LIBRARY, help="where the library goes")
-    parser.add_argument("--folder", type=Path, help="keeps the objects")
+    parser.add_argument("--folder", type=Path, help="keeps the objects, and takes what is there and still right")
     parser.add_argument("--jobs", type=int, default=0, help="compilers at a time; 0: as many as cores")
     parser.add_argument(
         "--arch", nargs="+", default=list(ARCHITECTURES), metavar="SM", help=f"default: {' '.join(ARCHITECTURES)}"

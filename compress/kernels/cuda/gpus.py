@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from compress.kernels.cuda.build import COMMAND
+
 Path = Literal["decode", "tensor", "dequantize"]
 DECODE_TOKENS = 16  # the most that the decode kernel takes
 LEAST_CAPABILITY = (8, 0)
@@ -47,11 +49,15 @@ def choice(name: str) -> Choice:
     return CHOICES.get(name, UNKNOWN)
 
 
-def unusable(name: str, capability: tuple[int, int]) -> str | None:
-    """Why the kernels do not run on this GPU by default; None: they do."""
+def unusable(name: str, capability: tuple[int, int], architectures: str = "") -> str | None:
+    """Why the kernels do not run on this GPU by default; None: they do. `architectures`: of the library, if there is one."""
     asked = os.environ.get("COMPRESS_CUDA_KERNELS", "")
     if capability < LEAST_CAPABILITY:
         return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    if architectures and not holds(architectures, capability):
+        return (
+            f"the library was built for sm_{architectures.replace(' ', ', sm_')}, and {name} needs another: {COMMAND}"
+        )
     if asked == "1":
         return None
     if asked == "0":
@@ -61,6 +67,20 @@ def unusable(name: str, capability: tuple[int, int]) -> str | None:
             f"the kernels have never run on {name}: scripts/gpu_check.sh checks them, COMPRESS_CUDA_KERNELS=1 uses them"
         )
     return None
+
+
+def holds(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a library built for these ("80 86 89 90a") has code that such a GPU runs.
+
+    Machine code runs on the same major version and the same minor one or a higher one, that of an `a` on its own version
+    alone; what is newer runs the PTX of the first, if that is no `a`.
+    """
+    names = architectures.split()
+    for architecture in names:
+        built = divmod(int(architecture.rstrip("a")), 10)
+        if built == capability or (architecture[-1] != "a" and built[0] == capability[0] and built < capability):
+            return True
+    return names[0][-1] != "a" and divmod(int(names[0]), 10) < capability
 
 
 def splits(row_blocks: int, input_blocks: int, multiprocessors: int, path: Path, choose: Choice) -> int:

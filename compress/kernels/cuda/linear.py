@@ -67,10 +67,14 @@ def linear(
         raise RecipeError(f"{what}: the last axis is not the weight's {layout.in_features} inputs")
     if buffer.dtype != torch.uint8 or buffer.shape != (layout.n_bytes,) or buffer.device != x.device:
         raise RecipeError(f"{what}: the buffer is {buffer.dtype} {tuple(buffer.shape)} on {buffer.device}")
-    if bias is not None and bias.shape != (layout.out_features,):
-        raise RecipeError(f"{what}: the bias is {tuple(bias.shape)}")
+    if bias is not None and (bias.shape != (layout.out_features,) or bias.device != x.device):
+        raise RecipeError(f"{what}: the bias is {tuple(bias.shape)} on {bias.device}")
+    if low_rank is not None and {low_rank.right.device, low_rank.fragments.device} != {x.device}:
+        raise RecipeError(f"{what}: the low-rank part is on {low_rank.right.device}")
     flat = x.reshape(-1, layout.in_features)
     n_tokens = flat.shape[0]
+    if n_tokens == 0:
+        return x.new_empty(*x.shape[:-1], layout.out_features)
     name, multiprocessors = _gpu(x.device.index) if x.is_cuda else ("emulation", 1)
     choose = gpus.choice(name)
     path = path or choose.path(n_tokens)

@@ -111,6 +111,12 @@ def absent() -> str | None:
     return None if found is not None else why
 
 
+def architectures() -> str:
+    """What the library in use holds machine code for: "80 86 89 90a"; empty: there is none."""
+    found = library()
+    return "" if found is None else found.cc_architectures().decode()
+
+
 def stale() -> bool:
     """The library in use was built from other sources than those beside it."""
     found = library()

@@ -34,7 +34,8 @@ def _unusable(index: int, asked: str) -> str | None:
     why = native.absent()
     if why is not None:
         return why
-    return gpus.unusable(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+    capability = torch.cuda.get_device_capability(index)
+    return gpus.unusable(torch.cuda.get_device_name(index), capability, native.architectures())
 
 
 def can_prepare(scale: Tensor, bits: int, group_size: int, in_features: int) -> bool:
@@ -132,8 +133,14 @@ def _low_rank(left: Tensor, right: Tensor, dtype: torch.dtype) -> LowRank:
     kept = _LOW_RANK.get(left)
     if kept is None or kept[0] != version:
         kept = version, LowRank.of(left.detach().to(dtype), right.detach().to(dtype).contiguous()), right
-        _LOW_RANK[left] = kept
+        if not _capturing(left):
+            _LOW_RANK[left] = kept
     return kept[1]
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Within the capture of a CUDA graph: what is computed there is not in memory before the graph runs."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def transformed_on_gpu(x: Tensor, block_size: int, transposed: bool) -> Tensor:

@@ -19,6 +19,7 @@ class Machine:
     nvcc: str | None
     absent: str | None
     stale: bool = False
+    architectures: str = ""  # of the library
 
 
 def this_machine() -> Machine:
@@ -27,7 +28,7 @@ def this_machine() -> Machine:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = [(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(count)]
-    return Machine(found, build.nvcc(), native.absent(), native.stale())
+    return Machine(found, build.nvcc(), native.absent(), native.stale(), native.architectures())
 
 
 def report(machine: Machine) -> tuple[Literal["ok", "note"], str, str]:
@@ -43,7 +44,8 @@ def report(machine: Machine) -> tuple[Literal["ok", "note"], str, str]:
         return "note", f"references in torch on the GPU, slow: {machine.absent}; {compiler}", remedy
     if machine.stale:
         return "note", "built, but older than the sources beside it", build.COMMAND
-    reasons = [why for name, capability in machine.gpus if (why := gpus.unusable(name, capability)) is not None]
+    said = [gpus.unusable(name, capability, machine.architectures) for name, capability in machine.gpus]
+    reasons = [why for why in said if why is not None]
     if reasons:
         return "note", f"built, but not the default: {'; '.join(reasons)}", f"{CHECK}, then COMPRESS_CUDA_KERNELS=1"
     return "ok", f"in use on {', '.join(name for name, _ in machine.gpus)}", ""

@@ -56,6 +56,7 @@ def summary(microseconds: Sequence[float]) -> tuple[float, float]:
 def measure(calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
     """Microseconds of one call, median and spread, when `calls` run one after the other in a CUDA graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # once outside: modules are loaded, workspaces exist
         for call in calls:
             call()
