@@ -88,6 +88,50 @@ CASES = [
         model="mixtral",
     ),
     Case(
+        "lqer",
+        [{"lqer": {"bits": 3, "group_size": 32, "rank": 4}}],
+        [{"lqer": {"bits": 4, "group_size": 32, "rank": 8}}],
+    ),
+    Case(
+        "lqer_data_free_conv1d_head",
+        [
+            {
+                "lqer": {"bits": 4, "group_size": 32, "quantizer": "rtn", "objective": "plain", "bits_per_weight": 6},
+                "layers": ["*.c_*", "lm_head"],
+            }
+        ],
+        model="gpt2",
+    ),
+    Case(
+        "lq_lora",
+        [
+            {
+                "lq_lora": {
+                    "bits": 2,
+                    "group_size": 32,
+                    "rank": 4,
+                    "rounds": 3,
+                    "first": "low_rank",
+                    "signed_scales": True,
+                }
+            }
+        ],
+        [{"lq_lora": {"bits": 3, "group_size": 32, "rank": 4, "rounds": 3, "factor_bits": 16, "refit": 0.5}}],
+    ),
+    Case(
+        "lq_lora_experts",
+        [{"lq_lora": {"bits": 3, "group_size": 32, "rank": 4, "rounds": 2, "factor_bits": 4, "objective": "diagonal"}}],
+        model="mixtral",
+    ),
+    Case(
+        "lqer_then_gptq",
+        [
+            {"lqer": {"bits": 4, "group_size": 32, "rank": 12, "factor_bits": 16}},
+            {"gptq": {"bits": 6, "group_size": 8}},
+        ],
+        model="llama",
+    ),
+    Case(
         "dobi_svd",
         [{"dobi_svd": {"keep_ratio": 0.7, "steps": 4, "learning_rate": 0.05}}],
         [{"dobi_svd": {"keep_ratio": 0.9, "steps": 0}}],

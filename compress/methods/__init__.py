@@ -18,6 +18,8 @@ METHODS = {  # name -> where it lives
     "gptq": "compress.methods.gptq:GPTQ",
     "signround": "compress.methods.signround:SignRound",
     "cbq": "compress.methods.cbq:CBQ",
+    "lqer": "compress.methods.lqer:LQER",
+    "lq_lora": "compress.methods.lq_lora:LQLoRA",
     "prune": "compress.methods.prune:Prune",
     "cospadi": "compress.methods.cospadi:CoSpaDi",
     "armor": "compress.methods.armor:Armor",

@@ -34,7 +34,7 @@ class PackedRows:
 
     def __init__(self, weight: PackedWeight, rows: Sequence[slice], bits: int, activations: Activations):
         self.weight, self.rows, self.bits, self.activations = weight, tuple(rows), bits, activations
-        self._mode = BITS[activations]
+        self.mode = BITS[activations]
         self._kept: tuple[Tensor, int, Tensor, int] | None = None  # input, its version, the outputs, who has taken his
 
     @property
@@ -53,13 +53,13 @@ class PackedRows:
             hooked: it has hooks, which may change tensors in place: it neither takes nor leaves anything.
         """
         if not self.fused:
-            return packed_linear(x, self.weight, bias, self._mode)
+            return packed_linear(x, self.weight, bias, self.mode)
         kept = self._kept  # read once: another thread may put its own there
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         if kept is not None and not hooked and kept[0] is x and kept[1] == version and not kept[3] >> place & 1:
             out, taken = kept[2], kept[3] | 1 << place
         else:
-            out, taken = packed_linear(x, self.weight, None, self._mode), 1 << place
+            out, taken = packed_linear(x, self.weight, None, self.mode), 1 << place
         everybody = (1 << len(self.rows)) - 1
         self._kept = None if hooked or taken == everybody else (x, version, out, taken)
         own = out[..., self.rows[place]]

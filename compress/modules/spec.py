@@ -119,6 +119,7 @@ SPECS = {  # representation -> where its spec lives
     "dense": "compress.modules.dense_spec:DenseSpec",
     "quantized": "compress.modules.quantized_spec:QuantizedSpec",
     "low_rank": "compress.modules.low_rank_spec:LowRankSpec",
+    "corrected": "compress.modules.corrected_spec:CorrectedSpec",
     "cur": "compress.modules.cur_spec:CURSpec",
     "sparse": "compress.modules.sparse_spec:SparseSpec",
     "armor": "compress.modules.armor_spec:ArmorSpec",

@@ -1,0 +1,342 @@
+"""LQER: round to few bits, then make good with a pair of thin matrices what the rounding cost on the calibration inputs.
+
+    Q = quant(W)                                       by gptq or rtn, the same codes that are stored
+    minimise  tr((W - Q - L R) M (W - Q - L R)^T)      over L [out, rank], R [rank, in]
+
+    plain      M = I             the error of the weight: no data with quantizer=rtn
+    diagonal   M = diag(H)       the outputs' error, were inputs uncorrelated
+    whitened   M = H             the outputs' error on the calibration inputs, H = sum_t x_t x_t^T
+
+The pair is the exact solution, the truncation of W - Q under M (compress/linalg/low_rank.py): no other of this rank has less
+error. It is stored in 16 bits (the dtype of the model), or rounded to 8 or 4 bits per row by the same quantizer: R first, then L,
+fitted anew to the R that is stored, on the inputs that this R gives.
+
+The correction takes `factor_bits` rank (in + out) / (in out) bits per weight beside codes and scales; `bits_per_weight` takes the
+largest rank that fits.
+
+`refit` aims at what the original model gives for its own inputs, as in svd: W_s = W + refit W D (H + a I)^-1 is rounded and
+corrected in place of W, under H + a I in place of H.
+
+Departures from the paper: it scales columns by the mean size of each input and truncates then; here that is
+objective=diagonal, with root mean squares, and the default knows that inputs are correlated. Q may be GPTQ's.
+
+Source: Zhang et al., 2024, arXiv:2402.02446.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import lcm
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compress.calibration.statistics import CrossMoment, Request, SecondMoment, SiteStatistics
+from compress.errors import NumericsError, RecipeError
+from compress.linalg.correction import Alternation
+from compress.linalg.finite import all_finite
+from compress.linalg.low_rank import shifted
+from compress.linalg.quadratic import energy, fraction
+from compress.linalg.ranks import rounded_rank
+from compress.methods.base import Kept, Layer, LayerShape, Outcome, SiteMethod, SiteTask
+from compress.methods.gptq import GPTQ, GPTQConfig
+from compress.methods.rtn import RTN, RTNConfig, check_weight, quantized_spec
+from compress.methods.svd import SVD, SVDConfig
+from compress.modules.corrected import CorrectedLinear
+from compress.modules.corrected_spec import FACTORS, CorrectedSpec
+from compress.modules.quantized_spec import QuantizedSpec
+
+DENSE_BITS = 16  # of a float: sizes are reckoned in models of 16 bits
+NOT_CALIBRATED = "NOT CALIBRATED: no calibration token reached this layer; its weight alone was rounded and corrected"
+
+
+class LQERConfig(GPTQConfig):
+    """Settings of what rounds, and of the correction."""
+
+    clip: Literal["none", "mse"] = Field("mse", description="how ranges are found, as in gptq")
+    quantizer: Literal["gptq", "rtn"] = Field(
+        "gptq", description="what rounds; gptq's settings are of no effect with rtn"
+    )
+    rank: int = Field(16, ge=1, description="rank of the correction; at most the smaller side of the layer is used")
+    bits_per_weight: float | None = Field(
+        None, gt=0, lt=16, description="in place of rank: size of a layer, codes, scales and correction together"
+    )
+    rank_multiple: int = Field(1, ge=1, description="ranks are rounded down to a multiple of it, but not to 0")
+    factor_bits: Literal[16, 8, 4] = Field(
+        8, description="bits of the correction's factors: 16 as the model's floats, or integers with a scale per row"
+    )
+    objective: Literal["plain", "diagonal", "whitened"] = Field(
+        "whitened",
+        description="what the correction minimises: the weight's error, or the outputs' by ever better knowledge",
+    )
+    refit: float = Field(
+        0.0, ge=0, le=1, description="strength of matching what the original model computes from its own inputs; 0 off"
+    )
+
+    @model_validator(mode="after")
+    def _one_stream(self) -> LQERConfig:
+        if self.gptaq:
+            raise ValueError(
+                "gptaq belongs to gptq alone; drop it, or use refit, which rounds and corrects to that end"
+            )
+        if self.refit and self.objective != "whitened":
+            raise ValueError(f"refit={self.refit:g} needs objective=whitened, not {self.objective}")
+        return self
+
+    def turns(self) -> tuple[int, bool]:
+        """How many roundings at most, and whether the low rank comes first."""
+        return 1, False
+
+    def rounding(self, bits: int | None = None) -> tuple[type[SiteMethod], RTNConfig]:
+        """What rounds the weight; with `bits`, what rounds a factor: a scale per row."""
+        method, Config = (GPTQ, GPTQConfig) if self.quantizer == "gptq" else (RTN, RTNConfig)
+        fields = {name: getattr(self, name) for name in Config.model_fields}
+        if bits is not None:
+            fields |= {"bits": bits, "group_size": -1, "symmetric": True, "signed_scales": False}
+        return method, Config(**fields)
+
+
+class LQER(SiteMethod):
+    name = "lqer"
+    summary = "integer weights of 2 to 8 bits and a low-rank correction of their error on the calibration inputs"
+    Config = LQERConfig
+    on_leaves = False
+
+    @classmethod
+    def plan(cls, shape: LayerShape, config: LQERConfig) -> CorrectedSpec | Kept:
+        if shape.kind != "linear":
+            raise RecipeError(f"{shape.name}: {cls.name} is for linears, not for tables; leave it out of layers")
+        spec = _spec(shape, config, _rank(shape, config))
+        bits = bits_of(spec)
+        if bits >= DENSE_BITS:
+            return Kept(f"codes and a correction of rank {spec.rank} would take {bits:.1f} of 16 bits per weight")
+        return spec
+
+    @classmethod
+    def in_multiple(cls, config: LQERConfig) -> int:
+        return max(config.group_size, 1)
+
+    @classmethod
+    def fitted(cls, config: LQERConfig, multiple: int) -> LQERConfig:
+        return config.model_copy(update={"rank_multiple": lcm(config.rank_multiple, multiple)})
+
+    @classmethod
+    def statistics(cls, config: LQERConfig) -> tuple[Request, ...]:
+        if config.quantizer == "rtn" and config.objective == "plain":
+            return ()
+        return (SecondMoment(), CrossMoment()) if config.refit else (SecondMoment(),)
+
+    @classmethod
+    def workspace(cls, shapes: tuple[LayerShape, ...], config: LQERConfig) -> int:
+        method, rounding = config.rounding()
+        held = (
+            4 * 3 * sum(s.out_features * s.in_features for s in shapes)
+        )  # W_s, what is rounded next, what became of it
+        return held + max(method.workspace(shapes, rounding), SVD.workspace(shapes, SVDConfig(refit=config.refit)))
+
+    @classmethod
+    def flops(cls, shapes: tuple[LayerShape, ...], config: LQERConfig) -> float:
+        method, rounding = config.rounding()
+        rounds, low_rank_first = config.turns()
+        n_rounded, n_decomposed = rounds + low_rank_first, rounds + 2 * low_rank_first
+        return n_rounded * method.flops(shapes, rounding) + n_decomposed * SVD.flops(shapes, SVDConfig())
+
+    @classmethod
+    def compress(
+        cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
+    ) -> dict[str, Outcome]:
+        known = SiteStatistics.usable(statistics, f"{', '.join(layer.name for layer in site.layers)}: {cls.name}")
+        works = [_started(layer, known, cls) for layer in site.layers]
+        n_rounds = 0
+        while turning := [work for work in works if not work.turns.finished]:
+            n_rounds += 1
+            tasks = [_Rounding(work.layer, work.layer.config.rounding(), work.turns.target) for work in turning]
+            done = _rounded(tasks, site, known, generator)
+            for work in turning:
+                outcome = done[work.layer.name]
+                with _naming(work.layer.name, cls.name):
+                    work.turns.take(outcome.module.dense(torch.float32), outcome)
+                site.tell(
+                    f"{work.layer.name}: round {n_rounds}, {_left(work.turns):.3f} of the error of rounding alone"
+                )
+        for work in works:
+            work.module = _module(work, cls.name)
+        for name in FACTORS:  # the left factor is fitted anew to what became of the right one
+            _round_factors(name, works, site, known, generator)
+        return {work.layer.name: _outcome(work, known) for work in works}
+
+
+@dataclass
+class _Work:
+    """A layer on its way. `target`: W, or W_s; `moment`: M; `module`: once the turns are over."""
+
+    layer: Layer
+    target: Tensor
+    moment: Tensor | None
+    turns: Alternation[Outcome]
+    notes: list[str]
+    report: dict[str, float]
+    module: CorrectedLinear | None = None
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """A matrix to be rounded in the place of a layer, and what rounds it."""
+
+    layer: Layer
+    how: tuple[type[SiteMethod], RTNConfig]
+    weight: Tensor
+
+
+def bits_of(spec: CorrectedSpec) -> float:
+    """Bits per weight, floats of 16 bits."""
+    return 8 * spec.nbytes("BF16") / (spec.out_features * spec.in_features)
+
+
+def _spec(shape: LayerShape, config: LQERConfig, rank: int) -> CorrectedSpec:
+    n, m = shape.in_features, shape.out_features
+    right = left = None
+    if config.factor_bits < DENSE_BITS:
+        right, left = QuantizedSpec(n, rank, config.factor_bits, -1), QuantizedSpec(rank, m, config.factor_bits, -1)
+    return CorrectedSpec(n, m, rank, quantized_spec(shape, config), right, left)
+
+
+def _rank(shape: LayerShape, config: LQERConfig) -> int:
+    """Raises: RecipeError where none is possible, with what would make one."""
+    most, multiple = min(shape.out_features, shape.in_features), config.rank_multiple
+    if multiple > most:
+        raise RecipeError(
+            f"{shape.name}: ranks must be multiples of {multiple}, and a {shape.out_features} x {shape.in_features} layer has "
+            f"none above {most}; use a smaller rank_multiple (or group_size in the step behind), or skip the layer"
+        )
+    if config.bits_per_weight is None:
+        return rounded_rank(min(config.rank, most), multiple)
+    least = bits_of(_spec(shape, config, multiple))
+    if least > config.bits_per_weight:
+        raise RecipeError(
+            f"{shape.name}: bits_per_weight={config.bits_per_weight:g} leaves no room for a correction: codes, scales and rank "
+            f"{multiple} take {least:.3f}; use at least that, fewer bits or larger groups"
+        )
+    low, high = 1, most // multiple  # of multiples: the first fits
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = bits_of(_spec(shape, config, middle * multiple)) <= config.bits_per_weight
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low * multiple
+
+
+def _started(layer: Layer, known: SiteStatistics | None, method: type[LQER]) -> _Work:
+    check_weight(layer)
+    config: LQERConfig = layer.config
+    spec = method.plan(layer.shape, config)
+    assert isinstance(spec, CorrectedSpec), f"{layer.name}: {spec}"
+    target, moment, report, notes = layer.weight, None, {"rank": float(spec.rank)}, []
+    if known is None and method.statistics(config):
+        notes.append(NOT_CALIBRATED)
+    if known is not None and config.objective != "plain":
+        moment = known[SecondMoment()]
+        if config.objective == "diagonal":
+            moment = moment.diagonal()
+        if config.refit:
+            with _naming(layer.name, method.name):
+                target, moment, used = shifted(layer.weight, moment, known[CrossMoment()], config.refit, config.damping)
+            target, report["damping"] = target.float(), used
+            if used > config.damping:
+                notes.append(f"damping raised from {config.damping:g} to {used:.3g}: calibrate on more tokens")
+    rounds, low_rank_first = config.turns()
+    with _naming(layer.name, method.name):
+        turns: Alternation[Outcome] = Alternation(target, spec.rank, moment, rounds, low_rank_first)
+    return _Work(layer, target, moment, turns, notes, report)
+
+
+@contextmanager
+def _naming(layer: str, method: str) -> Iterator[None]:
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"{layer}: {method}: {error}") from None
+
+
+def _left(turns: Alternation[Outcome]) -> float:
+    return fraction(turns.best.loss, turns.alone)
+
+
+def _rounded(
+    tasks: Sequence[_Rounding], site: SiteTask, known: SiteStatistics | None, generator: torch.Generator
+) -> dict[str, Outcome]:
+    """Layer name -> what its quantizer made of the matrix. Those of one quantizer share its work on the statistics."""
+    layers: dict[type[SiteMethod], list[Layer]] = {}
+    for task in tasks:
+        method, config = task.how
+        layer = replace(task.layer, weight=task.weight, bias=None, config=config)
+        layers.setdefault(method, []).append(layer)
+    done: dict[str, Outcome] = {}
+    for method, alike in layers.items():
+        done |= method.compress(SiteTask(site.name, tuple(alike)), known, generator)
+    return done
+
+
+def _module(work: _Work, method: str) -> CorrectedLinear:
+    """What the turns found, factors in the dtype in which floats are stored."""
+    layer, best = work.layer, work.turns.best
+    left, right = (factor.to(layer.scale_dtype) for factor in (best.left, best.right))
+    if not (all_finite(left) and all_finite(right)):
+        raise NumericsError(
+            f"{layer.name}: {method}: its factors overflow {layer.scale_dtype}; store the result with model.dtype=float32"
+        )
+    return CorrectedLinear.from_parts(work.turns.kept.module, left, right, layer.bias)
+
+
+def _round_factors(
+    name: str, works: Sequence[_Work], site: SiteTask, known: SiteStatistics | None, generator: torch.Generator
+) -> None:
+    moment = None if known is None else known[SecondMoment()]
+    for work in works:
+        config: LQERConfig = work.layer.config
+        if config.factor_bits == DENSE_BITS:
+            continue
+        assert work.module is not None
+        leaf = work.module.leaves()[name]
+        inputs = None if known is None else known.mapped(leaf.input_map)
+        task = _Rounding(
+            replace(work.layer, name=f"{work.layer.name}.{name}"), config.rounding(config.factor_bits), leaf.weight
+        )
+        outcome = _rounded([task], site, inputs, generator)[task.layer.name]
+        work.module = work.module.with_leaf(name, outcome.module, moment)
+
+
+def _outcome(work: _Work, known: SiteStatistics | None) -> Outcome:
+    """Report, of the layer as stored: `proxy_loss`, what was minimised, as a fraction of what no weights at all would give, and
+    `proxy_loss_start`, that of rounding alone; `loss`, the mean over tokens of |W x - W' x|^2; `relative_error`, that over the
+    mean of |W x|^2; `weight_error`; `rounds`, how many roundings there were."""
+    assert work.module is not None
+    difference = work.target.float() - work.module.dense(torch.float32)
+    total = _energy(work.target.float(), work.moment)
+    report = work.report | {
+        "proxy_loss": fraction(_energy(difference, work.moment), total),
+        "proxy_loss_start": fraction(work.turns.alone, total),
+        "rounds": float(len(work.turns.losses)),
+        "weight_error": fraction(
+            energy(work.layer.weight - work.module.dense(torch.float32), None), energy(work.layer.weight, None)
+        ),
+    }
+    notes = list(work.notes)
+    if known is not None:
+        hessian = known[SecondMoment()]
+        loss = energy(difference, hessian)
+        report["loss"] = loss / known.n_tokens
+        report["relative_error"] = fraction(loss, energy(work.target.float(), hessian))
+        report["n_tokens"] = float(known.n_tokens)
+        notes += work.turns.kept.notes
+    return Outcome(work.module, report, notes)
+
+
+def _energy(matrix: Tensor, moment: Tensor | None) -> float:
+    """tr(A M A^T)."""
+    if moment is not None and moment.ndim == 1:
+        return max(float((matrix.double().square() @ moment.double()).sum()), 0.0)
+    return energy(matrix, moment)
