@@ -47,6 +47,21 @@ CASES = [
     Case("conv1d", [{"gptq": {"bits": 4, "group_size": 32}}], model="gpt2"),
     Case("experts", [{"gptq": {"bits": 4, "group_size": 32}}], model="mixtral"),
     Case(
+        "lut",
+        [{"lut": {"bits": 3, "table": "normal_float", "group_size": 32, "refit": 1}}],
+        [{"lut": {"bits": 4, "table": "normal_float", "group_size": 16, "refit": 1}}],
+    ),
+    Case(
+        "lut_rows_conv1d_head",
+        [{"lut": {"bits": 2, "refit": 1}, "layers": ["*.c_*", "lm_head"]}],
+        model="gpt2",
+        kl=0.8,
+    ),
+    Case("lut_kmeans_of_groups_experts", [{"lut": {"bits": 3, "group_size": 32, "refit": 0}}], model="mixtral"),
+    Case(
+        "svd_then_lut", [{"svd": {"keep_ratio": 0.9}}, {"lut": {"bits": 4, "group_size": 8, "refit": 1}}], model="llama"
+    ),
+    Case(
         "signround",
         [{"signround": {"bits": 3, "group_size": 32, "iterations": 3, "batch_rows": 2, "signed_scales": True}}],
         [{"signround": {"bits": 5, "group_size": 32, "iterations": 3, "batch_rows": 2, "signed_scales": True}}],

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,15 +29,25 @@ LEAF = 16  # columns updated one by one: 16 columns of 8192 rows in float32 stay
 GRID_WINDOW = 128  # columns whose grids are fitted together when grids follow the updates; GPTQ code, its block size
 
 
+class Decoder(Protocol):
+    """Grids or tables of a matrix."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values of codes [rows, in], float32."""
+
+
+Found = TypeVar("Found", bound=Decoder)
+
+
 @dataclass(frozen=True)
-class Rounded:
+class Rounded(Generic[Found]):
     """`codes` uint8 [rows, in] on `grid`; `loss` [rows], the rows' share of tr((W - Q) H_d (W - Q)^T).
 
     `continuous` [rows, in], if asked for: every column as it was just before it was rounded.
     """
 
     codes: Tensor
-    grid: Grid
+    grid: Found
     loss: Tensor
     continuous: Tensor | None = None
 
@@ -52,7 +63,7 @@ def round_columns(
     feedback: Tensor | None = None,
     mask: Tensor | None = None,
     continuous: bool = False,
-) -> Rounded:
+) -> Rounded[Grid]:
     """Round `weight` with error feedback.
 
     Args:
@@ -70,8 +81,46 @@ def round_columns(
 
     Returns: codes, grid and loss, in natural order.
     """
+    group_size = weight.shape[1] if group_size == -1 else group_size
+    assert mask is None or rule.symmetric
+    grids = ColumnGrids(weight, group_size, rule)
+    return round_onto(grids, weight, upper, group_size, order, static_groups, block_size, feedback, mask, continuous)
+
+
+Fitted = TypeVar("Fitted", bound=Decoder, covariant=True)
+
+
+class Levels(Protocol[Fitted]):
+    """The values that a column loop may give to columns: one set per row and group, perhaps fitted on the way."""
+
+    def fit(self, groups: list[int] | slice, weight: Tensor) -> None:
+        """Fit those of `groups` to their columns [rows, groups * group_size]."""
+
+    def round(self, column: Tensor, group: int, keep: Tensor | None, out: Tensor) -> Tensor:
+        """The values nearest to `column` [rows], as they will be loaded, 0 where not `keep`. Their codes, or what `codes` makes
+        them of, go to `out`."""
+
+    def codes(self, rounded: Tensor, groups: list[int]) -> Tensor:
+        """Codes of columns [columns, rows], each of one of `groups`, from what `round` wrote."""
+
+    def result(self) -> Fitted:
+        """What was fitted."""
+
+
+def round_onto(
+    levels: Levels[Found],
+    weight: Tensor,
+    upper: Tensor,
+    group_size: int,
+    order: Tensor | None = None,
+    static_groups: bool = True,
+    block_size: int = 128,
+    feedback: Tensor | None = None,
+    mask: Tensor | None = None,
+    continuous: bool = False,
+) -> Rounded[Found]:
+    """`round_columns`, to any values. `group_size` is a number of columns."""
     n = weight.shape[1]
-    group_size = n if group_size == -1 else group_size
     columns = torch.arange(n, device=weight.device) if order is None else order
     group_of = (columns // group_size).tolist()
     work = weight.T.index_select(0, columns)  # [in, rows], contiguous
@@ -79,24 +128,22 @@ def round_columns(
     if feedback is not None:
         updates.append(Update(feedback, None, torch.empty_like(work)))  # w_i P[i, j]
     keep = None if mask is None else mask.T.index_select(0, columns)  # [in, rows]
-    assert keep is None or rule.symmetric
-    grids = ColumnGrids(weight, group_size, rule)
     if static_groups:
-        grids.fit(slice(None), weight)
+        levels.fit(slice(None), weight)
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
 
     for left, right in cuts(0, n, n if static_groups else max(GRID_WINDOW // group_size, 1) * group_size):
         if not static_groups:
             window = work[left:right] if keep is None else work[left:right] * keep[left:right]
-            grids.fit(group_of[left:right:group_size], window.T)
+            levels.fit(group_of[left:right:group_size], window.T)
         for start, stop in cuts(left, right, block_size):
             for first, last in cuts(start, stop, LEAF):
-                codes[first:last] = _round_leaf(updates, grids, group_of, keep, first, last)
+                codes[first:last] = _round_leaf(updates, levels, group_of, keep, first, last)
                 propagate(updates, first, last, stop)
             propagate(updates, start, stop, n)
 
     back = slice(None) if order is None else inverse_order(order)
-    natural, grid = codes[back].T.contiguous(), grids.result()
+    natural, grid = codes[back].T.contiguous(), levels.result()
     before = work[back].T + grid.decode(natural) if continuous else None  # `work` holds residuals by now
     loss = work.div_(upper.diagonal().unsqueeze(1)).square_().sum(0)
     return Rounded(natural, grid, loss, before)
@@ -117,25 +164,21 @@ class Update:
 
 
 def _round_leaf(
-    updates: list[Update], grids: ColumnGrids, group_of: list[int], keep: Tensor | None, first: int, last: int
+    updates: list[Update], levels: Levels[Found], group_of: list[int], keep: Tensor | None, first: int, last: int
 ) -> Tensor:
     """Round columns first .. last-1 one after the other; they end as residuals. Returns their codes [columns, rows]."""
     work = updates[0].source[first:last]
-    steps = torch.empty_like(work)  # code - zero_point
-    rounded = torch.empty_like(work[0], dtype=grids.rule.scale_dtype)  # q_i as it will be loaded
+    rounded = torch.empty_like(work)
     within = [(update.stripe(first, last, first, last), update.source[first:last]) for update in updates]
-    for i, (column, step) in enumerate(zip(work.unbind(0), steps.unbind(0), strict=True)):
+    for i, (column, out) in enumerate(zip(work.unbind(0), rounded.unbind(0), strict=True)):
         for _, source in within[1:]:
             source[i] = column
-        group = group_of[first + i]
-        grids.round(column, group, out=step)
-        if keep is not None:
-            step.mul_(keep[first + i])
-        column.sub_(torch.mul(step, grids.scale[group], out=rounded))
+        kept = None if keep is None else keep[first + i]
+        column.sub_(levels.round(column, group_of[first + i], kept, out))
         if first + i + 1 < last:
             for coefficients, source in within:
                 work[i + 1 :].addr_(coefficients[i, i + 1 :], source[i])
-    return steps.add_(grids.zeros(group_of[first:last]))
+    return levels.codes(rounded, group_of[first:last])
 
 
 def propagate(updates: list[Update], first: int, last: int, stop: int) -> None:
@@ -159,6 +202,7 @@ class ColumnGrids:
         self.rule, self.group_size = rule, group_size
         self.scale = torch.empty(weight.shape[1] // group_size, weight.shape[0], device=weight.device)
         self.zero_point = None if rule.symmetric else torch.empty_like(self.scale)
+        self._values = torch.empty(weight.shape[0], dtype=rule.scale_dtype, device=weight.device)
 
     def fit(self, groups: list[int] | slice, weight: Tensor) -> None:
         """Fit the grids of `groups` to their columns [rows, groups * group_size]."""
@@ -167,17 +211,20 @@ class ColumnGrids:
         if self.zero_point is not None and grid.zero_point is not None:
             self.zero_point[groups] = grid.zero_point.float().T
 
-    def round(self, column: Tensor, group: int, out: Tensor) -> None:
-        """Steps from zero to the grid value nearest to each entry of `column` [rows]."""
+    def round(self, column: Tensor, group: int, keep: Tensor | None, out: Tensor) -> Tensor:
+        """Steps from zero to the grid values nearest to `column` [rows], to `out`, and these values, until the next call."""
         torch.div(column, self.scale[group], out=out).round_()
         if self.zero_point is None:
             out.clamp_(-self.rule.middle, self.rule.max_code - self.rule.middle)
         else:
             zero = self.zero_point[group]
             torch.clamp(out, min=-zero, max=self.rule.max_code - zero, out=out)
+        if keep is not None:
+            out.mul_(keep)
+        return torch.mul(out, self.scale[group], out=self._values)
 
-    def zeros(self, groups: list[int]) -> Tensor | int:
-        return self.rule.middle if self.zero_point is None else self.zero_point[groups]
+    def codes(self, rounded: Tensor, groups: list[int]) -> Tensor:
+        return rounded.add_(self.rule.middle if self.zero_point is None else self.zero_point[groups])
 
     def result(self) -> Grid:
         zero_point = None if self.zero_point is None else self.zero_point.T.contiguous().int()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
     "gptq": "compress.methods.gptq:GPTQ",
+    "lut": "compress.methods.lut:LUT",
     "signround": "compress.methods.signround:SignRound",
     "cbq": "compress.methods.cbq:CBQ",
     "lqer": "compress.methods.lqer:LQER",

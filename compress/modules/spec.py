@@ -118,6 +118,7 @@ class ModuleSpec(ABC):
 SPECS = {  # representation -> where its spec lives
     "dense": "compress.modules.dense_spec:DenseSpec",
     "quantized": "compress.modules.quantized_spec:QuantizedSpec",
+    "lut": "compress.modules.lut_spec:LUTSpec",
     "low_rank": "compress.modules.low_rank_spec:LowRankSpec",
     "corrected": "compress.modules.corrected_spec:CorrectedSpec",
     "cur": "compress.modules.cur_spec:CURSpec",
