@@ -32,7 +32,7 @@ from compress.linalg.kmeans import weighted_kmeans
 OFFSET = 1 - (1 / 32 + 1 / 30) / 2  # probability of the largest value, for every number of bits; bitsandbytes
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the scale that puts the largest weight on an end
 ROUNDS = 8
-TURNS = 3  # of a table and the scales that go with it
+TURNS = 5  # of a table and the scales that go with it
 POOL = 1 << 17  # weights from which a table for all is made, at most
 CHUNK = 1 << 18  # elements worked on at a time
 
@@ -149,7 +149,7 @@ def _fit(groups: Tensor, h: Tensor, rule: ScaleRule) -> Tensor:
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     if rule.fit == "absmax":
         return rounded_scale(largest, dtype).float()
-    middles = (table[1:] + table[:-1]) / 2
+    middles, groups = (table[1:] + table[:-1]) / 2, groups.contiguous()
 
     def coded(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Nearest values, their product with the weights, and their square."""
@@ -191,23 +191,23 @@ def fit_tables(weight: Tensor, bits: int, sensitivity: Tensor, dtype: torch.dtyp
 
 
 def fit_table(weight: Tensor, bits: int, group_size: int, sensitivity: Tensor, dtype: torch.dtype) -> Tensor:
-    """One table for a matrix whose groups have scales: k-means of all w / scale with weights h scale^2, and scales fitted to it,
-    in turn, from scales that are the groups' sizes.
+    """One table for a matrix whose groups have scales: scales fitted to the table, and k-means of all w / scale with weights
+    h scale^2, TURNS times, from NormalFloat's.
 
-    Returns: [2^bits] in `dtype`, the largest value 1 or -1.
+    Returns: [2^bits] in `dtype`, ascending, the largest size 1.
     """
     step = -(-weight.numel() // POOL)  # rows between those that are looked at
-    groups = weight[::step].unflatten(1, (-1, group_size))  # [rows, groups, group_size]
+    sample = weight[::step]
     h = _of_groups(sensitivity, group_size)
-    scale = ((groups.square() * h).sum(-1) / h.sum(-1)).sqrt()
-    table = torch.zeros(2**bits, dtype=dtype, device=weight.device)
+    table = normal_float(bits).to(weight.device, dtype)
     for _ in range(TURNS):
-        pooled = torch.where(scale == 0, 0.0, 1 / scale).unsqueeze(-1) * groups
-        weights = scale.square().unsqueeze(-1) * h
-        found = weighted_kmeans(pooled.reshape(1, -1), weights.reshape(1, -1), 2**bits)[0]
+        scale = fit_scales(sample, group_size, ScaleRule(table), sensitivity).float().unsqueeze(-1)  # [rows, groups, 1]
+        pooled = sample.unflatten(1, (-1, group_size)) / scale
+        found = weighted_kmeans(pooled.reshape(1, -1), (scale.square() * h).reshape(1, -1), 2**bits)[0]
         largest = found.abs().max()
-        table = (found / torch.where(largest > 0, largest, torch.ones_like(largest))).to(dtype)
-        scale = fit_scales(groups.flatten(1), group_size, ScaleRule(table), sensitivity).float()
+        if largest == 0:
+            break
+        table = (found / largest).to(dtype)
     return table
 
 

@@ -197,7 +197,7 @@ class _Curvature:
 def _without_inputs(layer: Layer) -> Outcome:
     """Report: `weight_error`, ||W' - W||^2 / ||W||^2."""
     weight, config = layer.weight, layer.config
-    lookup = _fitted(layer, torch.ones_like(weight[0]))
+    lookup = _fitted(layer, weight, torch.ones_like(weight[0]))
     codes = lookup.encode(weight)
     squared = float(weight.square().sum())
     error = float((lookup.decode(codes) - weight).square().sum())
@@ -216,7 +216,8 @@ def _calibrated(
     weight = layer.weight.clone()
     weight[:, dead] = 0
     unweighted = config.sensitivity == "none"
-    lookup = _fitted(layer, torch.ones_like(weight[0]) if unweighted else hessian.diagonal() / statistics.n_tokens)
+    sensitivity = torch.ones_like(weight[0]) if unweighted else hessian.diagonal() / statistics.n_tokens
+    lookup = _fitted(layer, weight, sensitivity)
     notes, curvature = [], None
     if config.error_feedback or config.refit:
         key = (config.damping, config.order, config.groups if config.order == "gar" else None)
@@ -231,7 +232,7 @@ def _calibrated(
     pieces, start = [], 0.0
     for first, last in cuts(0, len(weight), rows_per_loop(weight.shape[1])):
         piece = lookup.rows(slice(first, last))
-        piece, codes[first:last] = _coded(weight[first:last], piece, config, curvature, hessian.diagonal())
+        piece, codes[first:last] = _coded(weight[first:last], piece, config, curvature, sensitivity)
         start += _loss(weight[first:last], piece, codes[first:last], hessian)
         if curvature is not None and config.refit:
             site.tell(f"{layer.name}: refit of rows {first} to {last - 1}")
@@ -284,9 +285,9 @@ def _curvature(config: LUTConfig, hessian: Tensor, dead: Tensor) -> _Curvature |
     return _Curvature(factor, order, damped)
 
 
-def _fitted(layer: Layer, sensitivity: Tensor) -> Lookup:
-    """Tables, and scales where there are groups."""
-    config, weight, dtype = layer.config, layer.weight, layer.scale_dtype
+def _fitted(layer: Layer, weight: Tensor, sensitivity: Tensor) -> Lookup:
+    """Tables, and scales where there are groups, for `weight` in place of the layer's."""
+    config, dtype = layer.config, layer.scale_dtype
     size = weight.shape[1] if config.groups == -1 else config.groups
     if not size:
         return Lookup(fit_tables(weight, config.bits, sensitivity, dtype))
@@ -298,7 +299,7 @@ def _fitted(layer: Layer, sensitivity: Tensor) -> Lookup:
 
 
 def _coded(
-    weight: Tensor, lookup: Lookup, config: LUTConfig, curvature: _Curvature | None, diagonal: Tensor
+    weight: Tensor, lookup: Lookup, config: LUTConfig, curvature: _Curvature | None, sensitivity: Tensor
 ) -> tuple[Lookup, Tensor]:
     """Codes of some rows, and what they are on: other scales, if these follow the loop."""
     if curvature is None or not config.error_feedback:
@@ -307,10 +308,9 @@ def _coded(
     size = config.groups if config.groups > 0 else n
     levels = LookupColumns(lookup)
     if not config.static_groups:
-        weighed = torch.ones_like(diagonal) if config.sensitivity == "none" else diagonal
         columns = torch.arange(n, device=weight.device) if order is None else order
         by_group = torch.empty(n // size, size, device=weight.device)
-        by_group[columns[::size] // size] = weighed[columns].view(-1, size)
+        by_group[columns[::size] // size] = sensitivity[columns].view(-1, size)
         levels = LookupColumns(lookup, ScaleRule(lookup.table, config.scales), by_group)
     rounded = round_onto(levels, weight, curvature.factor.upper, size, order, config.static_groups, config.block_size)
     return rounded.grid, rounded.codes
