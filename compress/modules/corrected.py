@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from compress.linalg.low_rank import decompose, factors, refitted_left
 from compress.modules.base import CompressedModule, Leaf
 from compress.modules.corrected_spec import BASE, CorrectedSpec
 from compress.modules.factored import FactoredLinear, leaf_of, linear_with, replaced, weight_of
-from compress.modules.low_rank import REFIT_DAMPING, plain
+from compress.modules.low_rank import REFIT_DAMPING
 from compress.modules.packed import PackedRows
 from compress.modules.quantized import QuantizedLinear
 
@@ -19,11 +21,14 @@ class CorrectedLinear(FactoredLinear):
     """x base^T + x right^T left^T + bias. Also stands in for a GPT-2 Conv1D, whose weight is the transpose.
 
     `base` is a compressed module without bias; `right` and `left` are linears without bias: nn.Linear, or a compressed module.
-    The sum of the two weights is never formed; where the base is packed for a native kernel and the pair is in floats, all is
-    one operation.
+    The sum of the two weights is never formed. Where the base is packed for a native kernel, all is one operation, which takes
+    the pair in floats: factors in codes are decoded once.
     """
 
     spec: CorrectedSpec
+    decoded: tuple[Tensor, Tensor] | None = (
+        None  # left and right for that operation; neither saved nor copied nor moved
+    )
     base: CompressedModule
     right: nn.Module
     left: nn.Module
@@ -39,9 +44,9 @@ class CorrectedLinear(FactoredLinear):
         return cls(spec, base, linear_with(right), linear_with(left), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self._fused(x)
+        packed = self._buffer(x)
         if packed is not None:
-            left, right = self.left.get_parameter("weight"), self.right.get_parameter("weight")
+            left, right = self._pair()
             return packed_low_rank_linear(x, packed.weight, left, right, self.bias, packed.mode)
         y = self.base(x) + self.left(self.right(x))
         return y if self.bias is None else y + self.bias.to(x.dtype)
@@ -80,12 +85,37 @@ class CorrectedLinear(FactoredLinear):
             left = replaced(left, module)
         return CorrectedLinear(spec, base, right, left, bias=self.bias)
 
-    def _fused(self, x: Tensor) -> PackedRows | None:
-        """The base's buffer, where one operation can take it together with the pair."""
-        base = self.base
-        if type(base) is not QuantizedLinear or base.packed is None or base.packed.fused or base.held is not None:
+    def release(self) -> None:
+        super().release()
+        self.decoded = None
+
+    def runs_as_one(self) -> bool:
+        """Whether one operation can take base and pair, once the base is packed."""
+        base, right, left = self.factors()
+        if type(base) is not QuantizedLinear or not all(type(f) in (nn.Linear, QuantizedLinear) for f in (right, left)):
+            return False
+        return not any(f._forward_hooks or f._forward_pre_hooks or "forward" in f.__dict__ for f in (base, right, left))
+
+    def _buffer(self, x: Tensor) -> PackedRows | None:
+        """The base's, where one operation is to take it."""
+        packed = getattr(self.base, "packed", None)
+        if packed is None or packed.fused or self.base.held is not None or not self.runs_as_one():
             return None
-        if (torch.is_grad_enabled() and x.requires_grad) or x.dtype == torch.float64:
-            return None
-        listened = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        return base.packed if plain(self.left) and plain(self.right) and not listened else None
+        return None if (torch.is_grad_enabled() and x.requires_grad) or x.dtype == torch.float64 else packed
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """left and right in floats."""
+        if self.decoded is not None:
+            return self.decoded
+        left, right = _floats(self.left), _floats(self.right)
+        if not (isinstance(self.left, nn.Linear) and isinstance(self.right, nn.Linear)):
+            self.decoded = left, right
+        return left, right
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "decoded"}
+
+
+def _floats(factor: nn.Module) -> Tensor:
+    """The weight of a factor in the dtype of its floats."""
+    return factor.dense() if isinstance(factor, CompressedModule) else factor.get_parameter("weight")

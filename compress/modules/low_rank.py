@@ -34,7 +34,7 @@ class LowRankLinear(FactoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.left, self.right
-        if plain(left) and plain(right):
+        if _plain(left) and _plain(right):
             return low_rank_linear(x, left.get_parameter("weight"), right.get_parameter("weight"), self.bias)
         return super().forward(x)
 
@@ -61,7 +61,7 @@ class LowRankLinear(FactoredLinear):
         return LowRankLinear(spec, replaced(self.right, module), left, bias=self.bias)
 
 
-def plain(factor: nn.Module) -> bool:
+def _plain(factor: nn.Module) -> bool:
     """Whether its weight may be used without calling it: nobody listens, or brings the weight only when it is called."""
     listened = factor._forward_hooks or factor._forward_pre_hooks or "forward" in factor.__dict__
     return type(factor) is nn.Linear and not listened

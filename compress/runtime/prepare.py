@@ -15,6 +15,7 @@ from torch import nn
 from compress.kernels import native
 from compress.kernels.choice import Choice, chosen
 from compress.models.families import module_name
+from compress.modules.corrected import CorrectedLinear
 from compress.modules.packed import alike, pack_rows
 from compress.modules.quantized import QuantizedLinear
 
@@ -64,8 +65,15 @@ def pack_loaded(model: nn.Module, architecture: Architecture | None, cut: str) -
 
 
 def products_of(model: nn.Module, architecture: Architecture | None, cut: str = "") -> list[list[QuantizedLinear]]:
-    """What can be packed, in the order of the model; together what shares an input and is quantized alike."""
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.packable}
+    """What can be packed, in the order of the model; together what shares an input and is quantized alike.
+
+    Factors of a correction are left as they are: the operation that takes the packed base takes them in floats.
+    """
+    corrected = [m for m in model.modules() if isinstance(m, CorrectedLinear) and m.runs_as_one()]
+    beside = {id(factor) for m in corrected for factor in (m.right, m.left)}
+    linears = {
+        n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.packable and id(m) not in beside
+    }
     companions: dict[str, list[str]] = {}
     if architecture is not None:
         for site in architecture.all_sites():
