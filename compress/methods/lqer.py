@@ -8,8 +8,8 @@
     whitened   M = H             the outputs' error on the calibration inputs, H = sum_t x_t x_t^T
 
 The pair is the exact solution, the truncation of W - Q under M (compress/linalg/low_rank.py): no other of this rank has less
-error. It is stored in 16 bits (the dtype of the model), or rounded to 8 or 4 bits per row by the same quantizer: R first, then L,
-fitted anew to the R that is stored, on the inputs that this R gives.
+error. It is stored in 4 or 8 bits with a scale per row, or in 16 (the dtype of the model). The same quantizer rounds R first,
+then L, fitted anew to the R that is stored, on the inputs that this R gives.
 
 The correction takes `factor_bits` rank (in + out) / (in out) bits per weight beside codes and scales; `bits_per_weight` takes the
 largest rank that fits.
@@ -67,7 +67,7 @@ class LQERConfig(GPTQConfig):
     )
     rank_multiple: int = Field(1, ge=1, description="ranks are rounded down to a multiple of it, but not to 0")
     factor_bits: Literal[16, 8, 4] = Field(
-        8, description="bits of the correction's factors: 16 as the model's floats, or integers with a scale per row"
+        4, description="bits of the correction's factors: 16 as the model's floats, or integers with a scale per row"
     )
     objective: Literal["plain", "diagonal", "whitened"] = Field(
         "whitened",

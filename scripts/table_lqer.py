@@ -1,0 +1,93 @@
+"""The tables of docs/methods/lqer.md and lq_lora.md: codes with a low-rank correction beside finer codes of as many bytes.
+
+Each row is a real run (`compress.run`) and its evaluation on held-out text. Prints Markdown:
+
+    python scripts/table_lqer.py                     # all tables, on the model that ships
+    python scripts/table_lqer.py 2bits factors       # some of them
+    python scripts/table_lqer.py --cache FILE        # goes on where it was stopped
+    python scripts/table_lqer.py --model FOLDER --dtype bfloat16 --calibration FILE --heldout FILE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from tables import Measure, Settings, parser, show
+
+GRID: Settings = {"signed_scales": True}
+GROUP = 64  # of what is corrected
+FINER = (64, 32, 16)  # groups of gptq alone
+RANKS = (4, 8, 16)
+TURNS: Settings = {"first": "low_rank", "rounds": 3}
+AIM = 1.0  # refit; GPTAQ does best at half of it
+GPTAQ = 0.5
+
+
+def main() -> None:
+    tables = {f"{bits}bits": partial(sizes, bits) for bits in (2, 3, 4)} | {"factors": factors, "parts": parts}
+    asked = parser(__doc__, tables).parse_args()
+    show(tables, asked.tables, Measure(asked))
+
+
+def gptq(bits: int, group: int, **settings: Any) -> Settings:
+    return {"gptq": {"bits": bits, "group_size": group, "clip": "mse", **GRID, **settings}}
+
+
+def corrected(method: str, bits: int, rank: int, factor_bits: int = 4, **settings: Any) -> Settings:
+    own = {"bits": bits, "group_size": GROUP, "rank": rank, "factor_bits": factor_bits, **GRID, **settings}
+    return {method: own}
+
+
+def lines(measure: Measure, rows: dict[str, Settings], by_size: bool = True) -> Iterator[str]:
+    """A line for each row: size, what of the rounding's error is left on the calibration inputs, perplexity / KL."""
+    found = {heading: measure(step) for heading, step in rows.items()}
+    yield "| | bits per weight | all tensors | error left | perplexity / KL |"
+    yield "|---" * 5 + "|"
+    for heading, own in sorted(found.items(), key=lambda item: item[1]["total"] if by_size else 0):
+        ratio = "–" if own["proxy"] is None else f"{own['proxy']:.3f}"
+        yield f"| {heading} | {own['bits']:.3f} | {own['total'] / 1e6:.2f} MB | {ratio} | {own['cell']} |"
+
+
+def sizes(bits: int, measure: Measure) -> Iterator[str]:
+    """Corrections of several ranks, with and without an eye on the original's inputs, beside gptq in smaller groups; by size."""
+    rows = {f"`gptq`, groups of {group}": gptq(bits, group) for group in FINER}
+    rows |= {f"`gptq`, groups of {group}, `gptaq: {GPTAQ}`": gptq(bits, group, gptaq=GPTAQ) for group in FINER}
+    for rank in RANKS:
+        rows[f"`lqer`, rank {rank}"] = corrected("lqer", bits, rank)
+        rows[f"`lqer`, rank {rank}, `refit: 1`"] = corrected("lqer", bits, rank, refit=AIM)
+        rows[f"`lq_lora`, rank {rank}, `refit: 1`"] = corrected("lq_lora", bits, rank, **TURNS, refit=AIM)
+    yield from lines(measure, rows)
+
+
+def factors(measure: Measure) -> Iterator[str]:
+    """Bits of the factors, 2 bits of weights; by size."""
+    rows = {
+        f"rank {rank}, factors of {factor_bits} bits": corrected("lqer", 2, rank, factor_bits, refit=AIM)
+        for rank, factor_bits in ((2, 16), (4, 8), (4, 16), (8, 4), (8, 8), (16, 4))
+    }
+    yield from lines(measure, rows)
+
+
+def parts(measure: Measure) -> Iterator[str]:
+    """What each part does, 2 bits, rank 8."""
+    lqer, turns = partial(corrected, "lqer", 2, 8), partial(corrected, "lq_lora", 2, 8)
+    rows = {
+        "`lqer`, `quantizer: rtn, objective: plain`": lqer(quantizer="rtn", objective="plain"),
+        "`lqer`, `quantizer: rtn`": lqer(quantizer="rtn"),
+        "`lqer`, `objective: plain`": lqer(objective="plain"),
+        "`lqer`, `objective: diagonal`": lqer(objective="diagonal"),
+        "`lqer`": lqer(),
+        "`lqer`, `refit: 1`": lqer(refit=AIM),
+        "`lq_lora`, `first: rounding, rounds: 3`": turns(first="rounding", rounds=3),
+        "`lq_lora`, `first: low_rank, rounds: 3`": turns(**TURNS),
+        "`lq_lora`, `first: rounding, rounds: 3, refit: 1`": turns(first="rounding", rounds=3, refit=AIM),
+        "`lq_lora`, `first: low_rank, rounds: 3, refit: 1`": turns(**TURNS, refit=AIM),
+        "`lq_lora`, `first: low_rank, rounds: 10, refit: 1`": turns(first="low_rank", rounds=10, refit=AIM),
+    }
+    yield from lines(measure, rows, by_size=False)
+
+
+if __name__ == "__main__":
+    main()
