@@ -69,6 +69,10 @@ class LearnedLinear(nn.Module):
         weight = self.learned() if self.frozen is None else self.frozen
         return functional.linear(x, weight.to(x.dtype), self.bias)
 
+    def moves(self, schedule: Schedule) -> list[tuple[Tensor, float, tuple[float, float]]]:
+        """What signs of gradients move: the variable, its first step, its bounds."""
+        return [(self.offset, schedule.lr, (-0.5, 0.5)), (self.factor, schedule.range_lr, FACTOR_RANGE)]
+
     def copy(self) -> tuple[Tensor, ...]:
         return (self.offset.detach().clone(), self.factor.detach().clone())
 
@@ -260,9 +264,7 @@ def _descend(
     task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Schedule, loss: Loss, generator: torch.Generator
 ) -> list[tuple[Tensor, ...]]:
     """Returns the iterate with the least loss on its own batch."""
-    moves = [(module.offset, schedule.lr, (-0.5, 0.5)) for module in modules.values()]
-    moves += [(module.factor, schedule.range_lr, FACTOR_RANGE) for module in modules.values()]
-    moves = [move for move in moves if move[0].requires_grad]
+    moves = [move for module in modules.values() for move in module.moves(schedule) if move[0].requires_grad]
     drawn = batches(task.rows.lengths, schedule.batch_rows, generator)
     best, least = [module.copy() for module in modules.values()], math.inf
     for iteration in range(schedule.iterations):
