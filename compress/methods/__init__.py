@@ -21,6 +21,7 @@ METHODS = {  # name -> where it lives
     "cbq": "compress.methods.cbq:CBQ",
     "lqer": "compress.methods.lqer:LQER",
     "lq_lora": "compress.methods.lq_lora:LQLoRA",
+    "lq_signround": "compress.methods.lq_signround:LQSignRound",
     "prune": "compress.methods.prune:Prune",
     "cospadi": "compress.methods.cospadi:CoSpaDi",
     "armor": "compress.methods.armor:Armor",

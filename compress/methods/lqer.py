@@ -155,7 +155,7 @@ class LQER(SiteMethod):
         while turning := [work for work in works if not work.turns.finished]:
             n_rounds += 1
             tasks = [_Rounding(work.layer, work.layer.config.rounding(), work.turns.target) for work in turning]
-            done = _rounded(tasks, site, known, generator)
+            done = _rounded(tasks, site, known, generator, site.continuous)
             for work in turning:
                 outcome = done[work.layer.name]
                 with _naming(work.layer.name, cls.name):
@@ -266,7 +266,11 @@ def _left(turns: Alternation[Outcome]) -> float:
 
 
 def _rounded(
-    tasks: Sequence[_Rounding], site: SiteTask, known: SiteStatistics | None, generator: torch.Generator
+    tasks: Sequence[_Rounding],
+    site: SiteTask,
+    known: SiteStatistics | None,
+    generator: torch.Generator,
+    continuous: bool = False,
 ) -> dict[str, Outcome]:
     """Layer name -> what its quantizer made of the matrix. Those of one quantizer share its work on the statistics."""
     layers: dict[type[SiteMethod], list[Layer]] = {}
@@ -276,7 +280,7 @@ def _rounded(
         layers.setdefault(method, []).append(layer)
     done: dict[str, Outcome] = {}
     for method, alike in layers.items():
-        done |= method.compress(SiteTask(site.name, tuple(alike)), known, generator)
+        done |= method.compress(SiteTask(site.name, tuple(alike), continuous=continuous), known, generator)
     return done
 
 
@@ -332,7 +336,7 @@ def _outcome(work: _Work, known: SiteStatistics | None) -> Outcome:
         report["relative_error"] = fraction(loss, energy(work.target.float(), hessian))
         report["n_tokens"] = float(known.n_tokens)
         notes += work.turns.kept.notes
-    return Outcome(work.module, report, notes)
+    return Outcome(work.module, report, notes, continuous=work.turns.kept.continuous)
 
 
 def _energy(matrix: Tensor, moment: Tensor | None) -> float:
