@@ -159,6 +159,30 @@ CK_API int ck_rows_linear(const ck_rows* rows, const void* x, int32_t x_dtype, i
 // The weight itself, [out][out_stride].
 CK_API int ck_rows_dense(const ck_rows* rows, void* out, int32_t out_dtype, int64_t out_stride, int32_t n_threads);
 
+// ---- weights from tables ---------------------------------------------------------------------------------------------
+// Codes of 2 to 4 bits as they are stored, and the values that they stand for. For few tokens: a row is read once for four.
+
+typedef struct {
+  int32_t bits;
+  int32_t dtype;          // of table and scale
+  int64_t out_features, in_features;
+  int64_t group_size;     // with scales: a multiple of 16 that divides in_features, or in_features
+  const void* codes;      // [out][row_bytes], a stream of bits per row, low bits first
+  int64_t row_bytes;
+  const void* table;      // [2^bits]; [out][2^bits] where scale is NULL
+  const void* scale;      // [out][in_features / group_size] or NULL; a weight is table[code] * scale, rounded to dtype
+} ck_lut;
+
+CK_API int64_t ck_lut_workspace(int64_t in_features, int64_t tokens);  // bytes
+
+// out[t, o] = sum_i x[t, i] weight[o, i] + bias[o], added in float32.
+CK_API int ck_lut_linear(const ck_lut* lut, const void* x, int32_t x_dtype, int64_t tokens, int64_t x_stride,
+                         const void* bias, int32_t bias_dtype, void* out, int32_t out_dtype, int64_t out_stride,
+                         void* workspace, int64_t workspace_bytes, int32_t n_threads);
+
+// The weight itself, [out][out_stride].
+CK_API int ck_lut_dense(const ck_lut* lut, void* out, int32_t out_dtype, int64_t out_stride, int32_t n_threads);
+
 #ifdef __cplusplus
 }
 #endif
