@@ -18,7 +18,10 @@ from pathlib import Path
 from compress.kernels.build import BuildError, build
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/kernels/test_packed.py", "tests/kernels/test_sign_planes.py", "tests/kernels/test_transform.py"]
+TESTS = [
+    f"tests/kernels/test_{name}.py"
+    for name in ("packed", "bfloat16_linear", "rows", "sparse", "token", "sign_planes", "transform", "roofline")
+]
 TRACING = "not opcheck and not compiles"  # they trace Python, which takes minutes here, and run no other kernel
 
 

@@ -98,6 +98,12 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
             c_int64, c_int32,
         ),
     ),
+    "ck_token_norm": (c_int, (c_void_p, c_void_p, c_void_p, c_int32, c_int64, c_float)),
+    "ck_token_gated": (c_int, (c_void_p, c_void_p, c_void_p, c_int32, c_int64)),
+    "ck_token_turn": (
+        c_int,
+        (c_void_p, c_void_p, c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64),
+    ),
     "ck_rows_workspace": (c_int64, (c_int64, c_int64)),
     "ck_rows_linear": (
         c_int,

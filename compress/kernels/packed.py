@@ -139,6 +139,49 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, a
     )  # fmt: skip
 
 
+class Product:
+    """out = x W^T + bias for one token, from a buffer into a buffer: what a decoding loop calls again and again.
+
+    Args:
+        weight: on the CPU.
+        bias: [out_features].
+        activations: as of `packed_linear`.
+        x: [in_features], where the caller puts the token.
+        out: [out_features], in the dtype of x; overwritten by every call.
+
+    Raises: RecipeError if there are no compiled kernels, or sizes and dtypes do not fit.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, activations: int, x: Tensor, out: Tensor):
+        library, w = native.library(), weight.layout
+        if library is None:
+            raise RecipeError(f"packed_linear: {native.absent()}")
+        if (
+            x.dtype not in native.DTYPES
+            or out.dtype != x.dtype
+            or (x.shape, out.shape) != ((w.in_features,), (w.out_features,))
+        ):
+            raise RecipeError(
+                f"packed_linear: {x.dtype} {tuple(x.shape)} and {out.dtype} {tuple(out.shape)} do not fit {w}"
+            )
+        self.x, self.out = x, out
+        self._call, sizes = library.ck_linear, _weight(w)
+        n_bytes = library.ck_linear_workspace(sizes, 1, activations)
+        native.check(n_bytes, "packed_linear")
+        workspace = torch.empty(n_bytes, dtype=torch.uint8)
+        bias = None if bias is None else bias.detach().contiguous()
+        self._kept = (weight.buffer, bias, workspace)  # what the arguments point to
+        self._arguments = (
+            sizes, weight.buffer.data_ptr(), weight.buffer.numel(), x.data_ptr(), native.DTYPES[x.dtype], 1, w.in_features,
+            None if bias is None else bias.data_ptr(), 0 if bias is None else native.DTYPES[bias.dtype], out.data_ptr(),
+            w.out_features, activations, workspace.data_ptr(), n_bytes, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def __call__(self) -> Tensor:
+        native.check(self._call(*self._arguments), "packed_linear")
+        return self.out
+
+
 def _cpu(
     x: Tensor,
     buffer: Tensor,

@@ -15,6 +15,7 @@ from compress.kernels import native
 from compress.kernels.position_layout import position_layout
 
 FEW = 12  # tokens: from about there on, expanding the weight for a product in torch is quicker
+FEW_HALVES = 32  # the same of bfloat16 on AVX-512 BF16, where rows are spread into the cache once for all tokens
 KINDS = {"dense": 0, "bits": 1, "indices": 2}  # CK_ROWS_*
 
 
@@ -58,6 +59,12 @@ def _rows(kind: str, values: Tensor, n_out: int, n_in: int, per_row: int, places
     )  # fmt: skip
     rows.kept = (values,) if places is None else (values, places)
     return rows
+
+
+def few(rows: Rows, x: Tensor) -> int:
+    """Up to how many tokens like x a product with rows is quicker than expanding them for torch."""
+    halves = rows.dtype == native.DTYPES[x.dtype] == native.DTYPES[torch.bfloat16]
+    return FEW_HALVES if halves and native.current_isa() == "avx512bf16" else FEW
 
 
 def multiplied(x: Tensor, rows: Rows, bias: Tensor | None, out: Tensor, add: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ from compress.kernels import native
 from compress.kernels.ops import LIBRARY, row_tiles
 from compress.kernels.packing import dequantize, pack, unpack
 from compress.kernels.position_layout import position_layout
-from compress.kernels.rows import FEW, expanded, flat_input, multiplied, sparse_rows
+from compress.kernels.rows import expanded, few, flat_input, multiplied, sparse_rows
 
 LIBRARY.define(
     "sparse_linear(Tensor x, Tensor values, Tensor positions, Tensor? scale, Tensor? bias, int bits, int n, int m, "
@@ -183,7 +183,7 @@ def _cpu(
     if found is None:
         return _reference(*arguments)
     flat, shape = flat_input(x, in_features), (*x.shape[:-1], len(positions))
-    if len(flat) > FEW:
+    if len(flat) > few(found, flat):
         bias = None if bias is None else bias.to(x.dtype)
         return functional.linear(flat, expanded(found, x.dtype), bias).view(shape)
     return multiplied(flat, found, bias, torch.empty(len(flat), len(positions), dtype=x.dtype)).view(shape)

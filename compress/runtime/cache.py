@@ -37,6 +37,17 @@ class BufferedLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
+    def room(self) -> tuple[Tensor, Tensor, int] | None:
+        """The buffers and the place of the next token in them; None: they are full, or not there yet."""
+        place = self.get_seq_length() if self._buffers is not None else self.capacity
+        return None if self._buffers is None or place >= self.capacity else (*self._buffers, place)
+
+    def filled(self, length: int) -> None:
+        """Tokens were written into the buffers, so that there are `length`."""
+        assert self._buffers is not None
+        keys, values = self._buffers
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
     def _allocate(self, key_states: Tensor, value_states: Tensor, begin: int, end: int) -> None:
         """New buffers, with what there is so far."""
         while self.capacity < end:

@@ -16,6 +16,7 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 
 from compress.runtime.attention import folding
 from compress.runtime.cache import buffered_cache
+from compress.runtime.steps import stepping
 
 Choose = Callable[[Tensor], Tensor]  # logits float32 [batch, vocabulary] -> tokens [batch]
 
@@ -99,7 +100,7 @@ def decode(
         cache = buffered_cache(model, n_given + n_new)
         assert cache is not None, "see `obstacle`"
     read, length = cache.get_seq_length(), n_given
-    with torch.inference_mode(), folding(model):
+    with torch.inference_mode(), folding(model), stepping(model):
         while length < n_given + n_new:
             out = model(input_ids=made[:, read:length], past_key_values=cache, use_cache=True, logits_to_keep=1)
             token = choose(out.logits[:, -1].float())

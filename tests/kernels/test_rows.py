@@ -141,3 +141,28 @@ def test_what_does_not_fit_is_refused():
         assert value != kept
         with pytest.raises(RecipeError):
             multiplied(x, broken, None, out)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["dense", "2:4", "bits"])
+@pytest.mark.parametrize(("rows", "columns"), [(19, 36), (9, 1100)])
+def test_many_tokens_in_bfloat16(rows, columns, kind, isa):
+    """Also where rows are spread once for all tokens; a token's result does not depend on how many there are."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, columns, generator=generator).bfloat16()
+    n, m = {"dense": (1, 1), "2:4": (2, 4), "bits": (0, 0)}[kind]
+    mask = torch.ones_like(weight, dtype=torch.bool) if kind == "dense" else mask_of(n, m, rows, columns)
+    held = dense_rows(weight)
+    if kind != "dense":
+        found_rows = sparse_rows(kept_entries(weight, mask, n, m), pack_positions(mask, n, m), n, m, columns)
+        assert found_rows is not None
+        held = found_rows
+    x = torch.randn(50, columns, generator=generator).bfloat16()
+    exact = x.double() @ (weight * mask).double().T
+    with native.using_isa(isa):
+        whole = multiplied(x, held, None, torch.empty(50, rows))
+        close(whole, exact, torch.float32, float(x.double().abs().sum(1).max() * weight.abs().max()))
+        for first, last in ((0, 1), (3, 7), (20, 25)):
+            assert torch.equal(
+                multiplied(x[first:last], held, None, torch.empty(last - first, rows)), whole[first:last]
+            )

@@ -133,6 +133,18 @@ enum { CK_UNIT_F32 = 0, CK_UNIT_BF16 = 1, CK_UNIT_INT8 = 2 };
 // instruction set has no such unit.
 CK_API int64_t ck_roofline_compute(int32_t unit, int64_t rounds, int32_t n_threads);
 
+// ---- what a decoder block does with one token between its products ------------------------------------------------------
+// In the dtype of the model, rounded where torch rounds between operations. Contiguous; out may be an input.
+
+// out = weight * (x / sqrt(mean(x^2) + eps))
+CK_API int ck_token_norm(const void* x, const void* weight, void* out, int32_t dtype, int64_t n, float eps);
+// out = gate / (1 + e^-gate) * up
+CK_API int ck_token_gated(const void* gate, const void* up, void* out, int32_t dtype, int64_t n);
+// qkv [heads + 2 key_heads][head]. Queries are turned where they lie, keys into keys[i * key_stride], values are copied.
+// Turning, by cos and sin [head]: x cos + (-second half of x, first half) sin.
+CK_API int ck_token_turn(void* qkv, const void* cos, const void* sin, int32_t dtype, int64_t heads, int64_t key_heads,
+                         int64_t head, void* keys, void* values, int64_t key_stride, int64_t value_stride);
+
 // ---- weights as they are stored, row by row --------------------------------------------------------------------------
 // Floats without packing: all of a row, or those of its places that are kept. For few tokens: a row is read once for four.
 

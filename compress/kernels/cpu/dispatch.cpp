@@ -35,7 +35,8 @@ extern "C" int ck_isa_supported(int isa) {
     case ck::AVX2_VNNI: return avx2 && (avx512 || ck::has_avx_vnni());
     case ck::AVX512: return avx512;
     case ck::AVX512_BF16:
-      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+             __builtin_cpu_supports("avx512vbmi2");
     default: return 0;
   }
 #else

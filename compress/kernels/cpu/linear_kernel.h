@@ -263,13 +263,22 @@ CK_NOINLINE void a8_direct(const LinearCall& call, int64_t first_tile, int64_t e
 
 // ---- A8, many tokens: a block of NR tiles is unpacked once, then multiplied with all groups of tokens -----------------
 
+// The codes of the next block, fetched while this one is multiplied, a little in each turn: asked for all at once they would
+// take all buffers for misses, and what is multiplied would wait behind them.
+struct Ahead {
+  const uint8_t* at;     // of the first tile
+  int64_t tile_bytes;
+  int64_t step;          // bytes per turn; less than a line: lines are asked for more than once, which costs a slot for a load
+};
+
 template <class P, int T, int NR, bool FULL>
 CK_NOINLINE void a8_block(const LinearCall& call, const uint8_t* w, const int32_t* a, int64_t n_k4, const Grid<P>* grid,
-                        int32_t zero, const float* a_scale, const int32_t* a_sum, float* totals) {
+                        int32_t zero, const float* a_scale, const int32_t* a_sum, float* totals, Ahead ahead) {
   typename P::Ints acc[T][NR];
   CK_UNROLL for (int t = 0; t < T; t++)
     CK_UNROLL for (int n = 0; n < NR; n++) acc[t][n] = P::broadcast(-zero * a_sum[t]);
-  for (int64_t k = 0; k < n_k4; k++, w += 64 * NR, a += T) {
+  for (int64_t k = 0; k < n_k4; k++, w += 64 * NR, a += T, ahead.at += ahead.step) {
+    CK_UNROLL for (int n = 0; n < NR; n++) __builtin_prefetch(ahead.at + n * ahead.tile_bytes);
     typename P::Bytes tile[NR];
     CK_UNROLL for (int n = 0; n < NR; n++) tile[n] = P::bytes(w + 64 * n);
     CK_UNROLL for (int t = 0; t < T; t++) {
@@ -286,10 +295,11 @@ CK_NOINLINE void a8_block(const LinearCall& call, const uint8_t* w, const int32_
 
 template <class P, int NR, bool FULL, int T = P::MT>
 CK_INLINE void a8_block_of(int tokens, const LinearCall& call, const uint8_t* w, const int32_t* a, int64_t n_k4,
-                           const Grid<P>* grid, int32_t zero, const float* a_scale, const int32_t* a_sum, float* totals) {
+                           const Grid<P>* grid, int32_t zero, const float* a_scale, const int32_t* a_sum, float* totals,
+                           Ahead ahead) {
   if constexpr (T > 0) {
-    if (tokens == T) a8_block<P, T, NR, FULL>(call, w, a, n_k4, grid, zero, a_scale, a_sum, totals);
-    else a8_block_of<P, NR, FULL, T - 1>(tokens, call, w, a, n_k4, grid, zero, a_scale, a_sum, totals);
+    if (tokens == T) a8_block<P, T, NR, FULL>(call, w, a, n_k4, grid, zero, a_scale, a_sum, totals, ahead);
+    else a8_block_of<P, NR, FULL, T - 1>(tokens, call, w, a, n_k4, grid, zero, a_scale, a_sum, totals, ahead);
   }
 }
 
@@ -307,20 +317,22 @@ void a8_tiles(const LinearCall& call, int64_t tile) {
     for (int n = 0; n < NR; n++) {
       const uint8_t* w = call.codes + (tile + n) * l.tile_bytes + b * l.block_bytes;
       for (int64_t c = 0; c < l.chunks_per_block; c++, w += chunk_bytes_of(BITS)) {
-        P::prefetch(w);
-        if (BITS == 3) { P::prefetch(w + 64); P::prefetch(w + 128); }
         typename P::Bytes field[FIELDS];
         fields_of<P, BITS>(w, field);
         CK_UNROLL for (int f = 0; f < FIELDS; f++) P::store(codes + ((c * FIELDS + f) * NR + n) * 64, field[f]);
       }
       grid[n] = grid_of<P>(call, tile + n, b, OFFSET);
     }
+    const uint8_t* next = b + 1 < l.n_blocks ? call.codes + tile * l.tile_bytes + (b + 1) * l.block_bytes
+                                             : call.codes + (tile + NR) * l.tile_bytes;
+    const int64_t piece = ceil_div(l.block_bytes, call.n_groups), n_k4 = l.padded_block / 4;
     for (int64_t i = 0; i < call.n_groups; i++) {
       const Group g = group_at(call, i);
       const int64_t at_block = g.first * l.n_blocks + b * g.tokens;
       const int8_t* q = call.q + g.first * call.padded_inputs + b * l.padded_block * g.tokens;
-      a8_block_of<P, NR, BITS == 8>(g.tokens, call, codes, reinterpret_cast<const int32_t*>(q), l.padded_block / 4, grid,
-                                    zero, call.q_scale + at_block, call.q_sum + at_block, totals + g.first * NR * TILE);
+      a8_block_of<P, NR, BITS == 8>(g.tokens, call, codes, reinterpret_cast<const int32_t*>(q), n_k4, grid, zero,
+                                    call.q_scale + at_block, call.q_sum + at_block, totals + g.first * NR * TILE,
+                                    {next + i * piece, l.tile_bytes, ceil_div(piece, n_k4)});
     }
   }
   for (int64_t token = 0; token < call.n_tokens; token++)

@@ -16,6 +16,14 @@ const ck::RowsKernels* kernels_of(int isa) {
   return ck::rows_portable();
 }
 
+const ck::RowsHalves* halves_of(int isa) {
+#ifdef CK_X86
+  if (isa == ck::AVX512_BF16) return ck::rows_avx512bf16();
+#endif
+  (void)isa;
+  return nullptr;
+}
+
 constexpr int64_t LEAST = 32768;  // values that a thread should have
 
 int checked(const ck_rows* rows, ck::RowsCall* call) {
@@ -69,14 +77,27 @@ extern "C" int ck_rows_linear(const ck_rows* rows, const void* x, int32_t x_dtyp
   call.add = add != 0;
   float* space = static_cast<float*>(workspace);
   const ck::RowsKernels* kernels = kernels_of(ck_isa_current());
+  const ck::RowsHalves* halves =
+      rows->dtype == CK_BF16 && x_dtype == CK_BF16 ? halves_of(ck_isa_current()) : nullptr;
   const int64_t out_features = rows->out_features, work = out_features * rows->in_features / LEAST;
   const int threads = int(max64(1, min64(min64(n_threads, out_features), work)));
   parallel(threads, [&](int thread, int n) {
-    const Range mine = share(tokens, thread, n);
+    const Range mine = share(tokens, thread, n), part = share(out_features, thread, n);
+    if (halves) {  // a token takes no more of the workspace than as floats
+      uint16_t* to = reinterpret_cast<uint16_t*>(space);
+      for (int64_t t = mine.begin; t < mine.end; t++)
+        halves->prepare(at(x, x_dtype, t * x_stride), call.in_features, to + t * round_up(call.in_features, 32));
+      CK_BARRIER
+      ck::RowsCall all = call;
+      all.x = space;
+      all.tokens = int(tokens);
+      all.out = out;
+      halves->run[rows->kind](all, part.begin, part.end);
+      return;
+    }
     for (int64_t t = mine.begin; t < mine.end; t++)
       kernels->prepare(at(x, x_dtype, t * x_stride), x_dtype, call.in_features, call.padded, space + t * call.padded);
     CK_BARRIER
-    const Range part = share(out_features, thread, n);
     for (int64_t first = 0; first < tokens; first += ck::ROW_TOKENS) {
       ck::RowsCall some = call;
       some.x = space + first * call.padded;

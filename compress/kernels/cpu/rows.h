@@ -16,8 +16,8 @@ struct RowsCall {
   int64_t places_stride;    // words
   int64_t per_row;          // values; 0: as many as bits are set
   int64_t in_features, padded;  // padded to whole vectors
-  const float* x;           // [tokens][padded], zeros behind in_features
-  int tokens;               // up to ROW_TOKENS
+  const float* x;           // [tokens][padded], zeros behind in_features; RowsHalves: bfloat16, padded to 32
+  int tokens;               // up to ROW_TOKENS; RowsHalves: any number
   void* out;                // of the first token
   int32_t out_dtype;
   int64_t out_stride;
@@ -32,9 +32,16 @@ struct RowsKernels {
   void (*write[3][3])(const RowsCall& call, int64_t first, int64_t end);                // rows themselves into out, by out_stride
 };
 
+// Values and tokens in bfloat16.
+struct RowsHalves {
+  void (*prepare)(const void* x, int64_t n, void* to);                // one token
+  void (*run[3])(const RowsCall& call, int64_t first, int64_t end);   // [CK_ROWS_*]
+};
+
 const RowsKernels* rows_portable();
 const RowsKernels* rows_avx2();
 const RowsKernels* rows_avx512();
+const RowsHalves* rows_avx512bf16();
 
 }  // namespace ck
 #endif
