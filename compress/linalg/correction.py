@@ -25,6 +25,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from compress.linalg.krylov import leading
 from compress.linalg.low_rank import decompose, factors
 
 Kept = TypeVar("Kept")
@@ -47,9 +48,11 @@ class Pair:
 
 def best_pair(matrix: Tensor, rank: int, moment: Tensor | None) -> Pair:
     """The pair of `rank` closest to `matrix` [out, in] under `moment` (as in `decompose`). Raises: NumericsError."""
-    found = decompose(matrix, rank, moment)
-    left, right = factors(matrix, found.basis)
-    return Pair(left, right, found.loss, found.total)
+    few = leading(matrix, rank, moment)
+    if few is None:
+        found = decompose(matrix, rank, moment)
+        return Pair(*factors(matrix, found.basis), found.loss, found.total)
+    return Pair(*factors(matrix, few.basis), max(few.total - few.held, 0.0), few.total)
 
 
 class Alternation(Generic[Kept]):

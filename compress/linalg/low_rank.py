@@ -187,7 +187,7 @@ def refitted_left(left: Tensor, right: Tensor, changed: Tensor, moment: Tensor |
     Raises: NumericsError if no damping makes M definite.
     """
     changed = changed.double()
-    weighted = changed if moment is None else _times(changed, moment)  # changed H
+    weighted = changed if moment is None else times_moment(changed, moment)  # changed H
     square, crossed = weighted @ changed.T, right.double() @ weighted.T
     mean = float(square.diagonal().mean())
     if mean == 0:
@@ -205,7 +205,7 @@ def refitted_left(left: Tensor, right: Tensor, changed: Tensor, moment: Tensor |
 
 def gram(weight: Tensor, moment: Tensor | None) -> Tensor:
     """G = W H W^T [out, out], float64, for `weight` in float64 and H as in `decompose`."""
-    product = weight @ weight.T if moment is None else _times(weight, moment) @ weight.T
+    product = weight @ weight.T if moment is None else times_moment(weight, moment) @ weight.T
     return (product + product.T).mul_(0.5)
 
 
@@ -231,8 +231,8 @@ def fixed_signs(basis: Tensor) -> Tensor:
     return basis * torch.where(largest < 0, -1.0, 1.0).to(basis)
 
 
-def _times(weight: Tensor, moment: Tensor) -> Tensor:
-    """W H in float64, without a float64 copy of H."""
+def times_moment(weight: Tensor, moment: Tensor) -> Tensor:
+    """W H in the dtype of `weight`, float64 here, without a copy of H in it."""
     if moment.ndim == 1:
         return weight * moment.to(weight.dtype)
     return torch.cat([weight @ columns.to(weight.dtype) for columns in moment.split(TILE, dim=1)], dim=1)
