@@ -20,7 +20,7 @@ from compress.kernels.build import BuildError, build
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
     f"tests/kernels/test_{name}.py"
-    for name in ("packed", "bfloat16_linear", "rows", "sparse", "token", "sign_planes", "transform", "roofline")
+    for name in ("packed", "bfloat16_linear", "rows", "sparse", "lut", "token", "sign_planes", "transform", "roofline")
 ]
 TRACING = "not opcheck and not compiles"  # they trace Python, which takes minutes here, and run no other kernel
 

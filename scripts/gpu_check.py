@@ -28,17 +28,19 @@ except ImportError:
     sys.exit(f"gpu_check: {sys.executable} has no torch: name another interpreter in PYTHON; nothing was checked")
 from torch.nn import functional
 
-from compress.kernels.cuda import native
+from compress.kernels.cuda import gpus, native
 from compress.kernels.cuda.check import Outcome, cases, run_case
 from compress.kernels.cuda.layout import pack_weight
 from compress.kernels.cuda.linear import linear
 from compress.kernels.cuda.timing import (
     SHAPES,
     TOKENS,
+    WAVES,
     Time,
     copy_bandwidth,
     measure,
     n_copies,
+    quickest_waves,
     shortfalls,
     suggested,
     table,
@@ -93,12 +95,13 @@ def main() -> int:
     }
     if not given.sanitize and not given.checks:
         copy = copy_bandwidth()
-        times = timed(library, device, properties.L2_cache_size)
+        choice = swept(library, device, properties.L2_cache_size)
+        times = timed(library, device, properties.L2_cache_size, choice)
         report |= {"copy_gb_s": copy, "times": [asdict(t) for t in times], "shortfalls": shortfalls(times, copy)}
         print(table(times, copy))
         print(f"\ncopy: {copy:.0f} GB/s, read and written")
         print("\n".join(f"missed: {line}" for line in report["shortfalls"]) or "all goals are met")
-        print(f"\nfor compress/kernels/cuda/gpus.py:\n    CHOICES[{properties.name!r}] = {suggested(times)}")
+        print(f"\nfor compress/kernels/cuda/gpus.py:\n    CHOICES[{properties.name!r}] = {suggested(times, choice)}")
         if passed:
             print(f"    VERIFIED[{properties.name!r}] = ({report['date']!r}, {report['commit']!r})")
     if given.json:
@@ -189,7 +192,41 @@ def _compiled(device: torch.device, generator: torch.Generator) -> Outcome:
         return Outcome("torch.compile", float("nan"), 0.1, False, str(raised))
 
 
-def timed(library: Any, device: torch.device, l2_bytes: int) -> list[Time]:
+def swept(library: Any, device: torch.device, l2_bytes: int) -> gpus.Choice:
+    """How many thread blocks should come on each multiprocessor, by trial; the thresholds as for an unknown GPU."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    tried: dict[gpus.Path, tuple[int, int]] = {"decode": (1, 8), "tensor": (32, 64)}
+    for path, counts in tried.items():
+        times: dict[Any, float] = {}
+        for n_out, n_in in SHAPES:
+            for bits in (4, 2):
+                buffers, layout = _copies(device, generator, n_out, n_in, bits, l2_bytes)
+                for tokens in counts:
+                    x = torch.randn(tokens, n_in, generator=generator).bfloat16().to(device)
+                    for waves in WAVES[path]:
+                        splits = _splits(layout, path, gpus.Choice(decode_waves=waves, tensor_waves=waves), device)
+                        calls = [partial(linear, library, x, b, layout, path=path, splits=splits) for b in buffers]
+                        times[(n_out, n_in, bits, tokens), waves] = measure(calls)[0]
+                del buffers
+                torch.cuda.empty_cache()
+        found[f"{path}_waves"] = quickest_waves(times)
+    return gpus.Choice(**found)
+
+
+def _copies(
+    device: torch.device, generator: torch.Generator, n_out: int, n_in: int, bits: int, l2_bytes: int
+) -> tuple[list[torch.Tensor], Any]:
+    """A weight as often as it takes to be read from memory each time, and its layout."""
+    buffer, layout = _weight(device, generator, n_out, n_in, bits)
+    return [buffer.clone() for _ in range(n_copies(layout.n_bytes, l2_bytes))], layout
+
+
+def _splits(layout: Any, path: gpus.Path, choice: gpus.Choice, device: torch.device) -> int:
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return gpus.splits(layout.row_blocks, layout.input_blocks, multiprocessors, path, choice)
+
+
+def timed(library: Any, device: torch.device, l2_bytes: int, choice: gpus.Choice) -> list[Time]:
     """bf16, then every width in groups of 128 by every path that takes so many tokens."""
     times = []
     generator = torch.Generator().manual_seed(0)
@@ -203,13 +240,14 @@ def timed(library: Any, device: torch.device, l2_bytes: int) -> list[Time]:
             times.append(Time(n_out, n_in, 16, 0, tokens, "library", *found, 2 * n_out * n_in))
         del dense
         for bits in (4, 3, 2, 8):
-            buffer, layout = _weight(device, generator, n_out, n_in, bits)
-            buffers = [buffer.clone() for _ in range(n_copies(layout.n_bytes, l2_bytes))]
+            buffers, layout = _copies(device, generator, n_out, n_in, bits, l2_bytes)
             for tokens, x in inputs.items():
-                for path in ("decode", "tensor", "dequantize"):
+                paths: tuple[gpus.Path, ...] = ("decode", "tensor", "dequantize")
+                for path in paths:
                     if (path == "decode" and tokens > 16) or (path == "tensor" and tokens > 256):
                         continue
-                    calls = [partial(linear, library, x, b, layout, path=path) for b in buffers]
+                    splits = 1 if path == "dequantize" else _splits(layout, path, choice, device)
+                    calls = [partial(linear, library, x, b, layout, path=path, splits=splits) for b in buffers]
                     times.append(Time(n_out, n_in, bits, 128, tokens, path, *measure(calls), layout.n_bytes))
             del buffers
             torch.cuda.empty_cache()

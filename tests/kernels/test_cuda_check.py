@@ -12,8 +12,8 @@ import torch
 
 from compress.kernels.cuda import gpus, status
 from compress.kernels.cuda.check import Outcome, cases, run_case
-from compress.kernels.cuda.gpus import UNKNOWN
-from compress.kernels.cuda.timing import Time, best, n_copies, shortfalls, suggested, summary, table
+from compress.kernels.cuda.gpus import UNKNOWN, Choice
+from compress.kernels.cuda.timing import Time, best, n_copies, quickest_waves, shortfalls, suggested, summary, table
 from tests.kernels.emulated import emulation
 
 CPU = torch.device("cpu")
@@ -93,12 +93,19 @@ def test_thresholds_follow_the_times():
             time(16, tokens, "library", 60),
         ]
         times += [time(4, tokens, "decode", decode)] if decode else []
-    found = suggested(times)
-    assert (found.decode, found.tensor) == (8, 64)
+    found = suggested(times, Choice(decode_waves=3, tensor_waves=2))
+    assert found == Choice(8, 64, 3, 2)
     assert [t.path for t in best(times) if t.bits == 4] == ["decode", "decode", "tensor", "tensor", "dequantize"]
     lines = table(times, 1000).splitlines()
     assert len(lines) == 1 + len(best(times)) and len({len(line) for line in lines}) == 1
     assert UNKNOWN.decode == 16
+
+
+def test_waves_are_those_that_lose_least_over_all_cases():
+    small = {("small", 1): 2.0, ("small", 2): 1.0, ("small", 4): 1.1}
+    large = {("large", 1): 100.0, ("large", 2): 150.0, ("large", 4): 105.0}
+    assert quickest_waves({**small, **large}) == 4
+    assert quickest_waves(small) == 2 and quickest_waves(large) == 1
 
 
 def test_copies_of_a_weight_together_do_not_fit_the_cache():

@@ -6,8 +6,8 @@ together larger than the L2, so that every call reads from memory. Only `measure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -16,6 +16,7 @@ from compress.kernels.cuda.gpus import Choice, Path
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))  # [out, in]
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+WAVES: dict[Path, tuple[int, ...]] = {"decode": (1, 2, 3, 4, 6, 8), "tensor": (1, 2, 3, 4)}  # that are tried
 REPLAYS = 30
 ROTATION = 4  # times the L2 that the copies of a weight take together
 MOST_COPIES = 64
@@ -103,8 +104,18 @@ def best(times: Sequence[Time]) -> list[Time]:
     return list(found.values())
 
 
-def suggested(times: Sequence[Time]) -> Choice:
-    """The thresholds with the least time, summed over all shapes and widths in units of the quickest path of each."""
+def quickest_waves(times: Mapping[tuple[Hashable, int], float]) -> int:
+    """Of (case, waves) -> time: the waves with the least time, summed over all cases in units of the quickest of each."""
+    cases, waves = {case for case, _ in times}, {number for _, number in times}
+    least = {case: min(times[case, number] for number in waves) for case in cases}
+    return min(sorted(waves), key=lambda number: sum(times[case, number] / least[case] for case in cases))
+
+
+def suggested(times: Sequence[Time], waves: Choice) -> Choice:
+    """The thresholds with the least time, summed over all shapes and widths in units of the quickest path of each.
+
+    `waves`: with which the times were taken.
+    """
     quickest = {(t.n_out, t.n_in, t.bits, t.group, t.tokens): t.microseconds for t in best(times)}
     measured = {(t.n_out, t.n_in, t.bits, t.group, t.tokens, t.path): t.microseconds for t in times if t.bits < 16}
 
@@ -117,7 +128,7 @@ def suggested(times: Sequence[Time]) -> Choice:
         return total
 
     options = [
-        Choice(decode=decode, tensor=tensor)
+        replace(waves, decode=decode, tensor=tensor)
         for decode in (0, 1, 2, 4, 8, 16)
         for tensor in (0, 16, 32, 64, 128, 256)
         if tensor >= decode
