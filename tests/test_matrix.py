@@ -48,8 +48,8 @@ CASES = [
     Case("experts", [{"gptq": {"bits": 4, "group_size": 32}}], model="mixtral"),
     Case(
         "lut",
-        [{"lut": {"bits": 3, "table": "normal_float", "group_size": 32, "refit": 1}}],
-        [{"lut": {"bits": 4, "table": "normal_float", "group_size": 16, "refit": 1}}],
+        [{"lut": {"bits": 3, "group_size": 32, "refit": 1}}],
+        [{"lut": {"bits": 4, "group_size": 16, "refit": 1}}],
     ),
     Case(
         "lut_rows_conv1d_head",
@@ -57,7 +57,11 @@ CASES = [
         model="gpt2",
         kl=0.8,
     ),
-    Case("lut_kmeans_of_groups_experts", [{"lut": {"bits": 3, "group_size": 32, "refit": 0}}], model="mixtral"),
+    Case(
+        "lut_normal_float_experts",
+        [{"lut": {"table": "normal_float", "group_size": 32, "refit": 0, "order": "gar", "static_groups": False}}],
+        model="mixtral",
+    ),
     Case(
         "svd_then_lut", [{"svd": {"keep_ratio": 0.9}}, {"lut": {"bits": 4, "group_size": 8, "refit": 1}}], model="llama"
     ),
@@ -103,11 +107,6 @@ CASES = [
         model="mixtral",
     ),
     Case(
-        "lqer",
-        [{"lqer": {"bits": 3, "group_size": 32, "rank": 4}}],
-        [{"lqer": {"bits": 4, "group_size": 32, "rank": 8}}],
-    ),
-    Case(
         "lqer_data_free_conv1d_head",
         [
             {
@@ -137,6 +136,10 @@ CASES = [
         "lq_lora_experts",
         [{"lq_lora": {"bits": 3, "group_size": 32, "rank": 4, "rounds": 2, "factor_bits": 4, "objective": "diagonal"}}],
         model="mixtral",
+    ),
+    Case(
+        "lq_signround",
+        [{"lq_signround": {"bits": 3, "group_size": 32, "rank": 4, "iterations": 2, "batch_rows": 2}}],
     ),
     Case(
         "lqer_then_gptq",
