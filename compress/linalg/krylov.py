@@ -22,6 +22,7 @@ from compress.linalg.low_rank import GRAM_FLOOR, fixed_signs, times_moment
 
 OVERSAMPLED = 8
 MAX_STEPS = 12
+USUAL_STEPS = 7
 TOLERANCE = 1e-7  # of the energy left out
 LEAST = 512  # the smaller side: below it a full decomposition takes less than a second
 NARROW = 16  # a block is at most the smaller side over this: wider ones gain nothing
@@ -44,10 +45,9 @@ def leading(weight: Tensor, rank: int, moment: Tensor | None) -> Leading | None:
         weight: [out, in], any float dtype.
         moment: H [in, in], its diagonal [in], or None for the identity.
     """
-    out_features = weight.shape[0]
-    width, smaller = rank + OVERSAMPLED, min(weight.shape)
-    if smaller < LEAST or NARROW * width > smaller:
+    if not narrow(weight.shape[0], weight.shape[1], rank):
         return None
+    out_features, width = weight.shape[0], rank + OVERSAMPLED
     weight = weight.double()
     generator = torch.Generator().manual_seed(0)  # where it begins decides nothing but rounding
     first = torch.randn(out_features, width, generator=generator, dtype=torch.float64).to(weight.device)
@@ -74,6 +74,18 @@ def leading(weight: Tensor, rank: int, moment: Tensor | None) -> Leading | None:
             return None
         blocks.append(block)
     return None
+
+
+def narrow(out_features: int, in_features: int, rank: int) -> bool:
+    """Whether the rank is small enough to look for no other directions."""
+    smaller = min(out_features, in_features)
+    return smaller >= LEAST and NARROW * (rank + OVERSAMPLED) <= smaller
+
+
+def flops(out_features: int, in_features: int, rank: int) -> float:
+    """Floating-point operations in float64 of `leading`."""
+    step = 4.0 * out_features * in_features + 2.0 * in_features**2
+    return 2.0 * out_features * in_features**2 + USUAL_STEPS * (rank + OVERSAMPLED) * step
 
 
 def _times_gram(weight: Tensor, moment: Tensor | None, block: Tensor) -> Tensor:

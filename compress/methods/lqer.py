@@ -37,6 +37,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import CrossMoment, Request, SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
+from compress.linalg import krylov
 from compress.linalg.correction import Alternation
 from compress.linalg.finite import all_finite
 from compress.linalg.low_rank import shifted
@@ -50,6 +51,7 @@ from compress.modules.corrected import CorrectedLinear
 from compress.modules.corrected_spec import FACTORS, CorrectedSpec
 from compress.modules.quantized_spec import QuantizedSpec
 
+DOUBLE_FLOPS = 2.0  # what an operation in float64 takes, of one in float32
 DENSE_BITS = 16  # of a float: sizes are reckoned in models of 16 bits
 NOT_CALIBRATED = "NOT CALIBRATED: no calibration token reached this layer; its weight alone was rounded and corrected"
 
@@ -143,7 +145,7 @@ class LQER(SiteMethod):
         method, rounding = config.rounding()
         rounds, low_rank_first = config.turns()
         n_rounded, n_decomposed = rounds + low_rank_first, rounds + 2 * low_rank_first
-        return n_rounded * method.flops(shapes, rounding) + n_decomposed * SVD.flops(shapes, SVDConfig())
+        return n_rounded * method.flops(shapes, rounding) + n_decomposed * sum(_pair_flops(s, config) for s in shapes)
 
     @classmethod
     def compress(
@@ -227,6 +229,14 @@ def _rank(shape: LayerShape, config: LQERConfig) -> int:
         fits = bits_of(_spec(shape, config, middle * multiple)) <= config.bits_per_weight
         low, high = (middle, high) if fits else (low, middle - 1)
     return low * multiple
+
+
+def _pair_flops(shape: LayerShape, config: LQERConfig) -> float:
+    """Of one pair, in operations of a float32 matrix product."""
+    out_features, in_features, rank = shape.out_features, shape.in_features, _rank(shape, config)
+    if krylov.narrow(out_features, in_features, rank):
+        return DOUBLE_FLOPS * krylov.flops(out_features, in_features, rank)
+    return SVD.flops((shape,), SVDConfig())
 
 
 def _started(layer: Layer, known: SiteStatistics | None, method: type[LQER]) -> _Work:
