@@ -144,7 +144,7 @@ class StreamedModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states that enter block 0, for token ids [batch, length]."""
-        self._load_outside()
+        self.load_outside()
         table = self.skeleton.module(self.architecture.embeddings[0])
         if not isinstance(table, CompressedModule):
             rows, ids = ids.unique(return_inverse=True)  # only the rows that occur are read
@@ -180,7 +180,7 @@ class StreamedModel:
         return calls[index]
 
     def _record(self, shape: tuple[int, int]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        self._load_outside()
+        self.load_outside()
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -198,7 +198,7 @@ class StreamedModel:
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The last block's output, through the final norm (and projection, where a family has one). Differentiable."""
-        self._load_outside()
+        self.load_outside()
 
         def substitute(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return hidden
@@ -254,7 +254,7 @@ class StreamedModel:
 
     def whole(self) -> nn.Module:
         """The model with all its weights: a causal language model of transformers, experts unfused."""
-        self._load_outside()
+        self.load_outside()
         inside = {name for index in range(self.n_blocks) for name in self.skeleton.block_tensors(index)}
         self._fill([*self.skeleton.outside_tensors(), *inside], self.reader, self.specs, "")
         if self.architecture.tied and self.architecture.embeddings[0] in self.specs:
@@ -276,7 +276,7 @@ class StreamedModel:
         self._head_loaded = True
         self.skeleton.replace(self.architecture.head.linears[0], module.to(self.device))
 
-    def _load_outside(self) -> None:
+    def load_outside(self) -> None:
         """The small parts outside the blocks: norms, position tables, projections. Not the token table, not the head."""
         if self._outside_loaded:
             return

@@ -11,6 +11,7 @@ from compress.cli.options import Debug, Json
 if TYPE_CHECKING:
     from compress.methods.base import SiteMethod
     from compress.methods.rewrite import ModelMethod
+    from compress.methods.tuning import TuningMethod
 
 OURS = "compress-llm"
 Name = Annotated[
@@ -57,12 +58,13 @@ def packages() -> dict[str, str]:
     return {p.name: p.dist.name if p.dist else p.value for p in points if p.name not in METHODS}
 
 
-def describe(method: type[SiteMethod] | type[ModelMethod], package: str) -> dict[str, Any]:
+def describe(method: type[SiteMethod] | type[ModelMethod] | type[TuningMethod], package: str) -> dict[str, Any]:
     """A method for JSON: what it is, and its settings from its config."""
     import inspect
     import sys
 
     from compress.methods.base import SiteMethod
+    from compress.methods.tuning import TuningMethod
 
     schema = method.Config.model_json_schema()
     required = schema.get("required", [])
@@ -79,7 +81,11 @@ def describe(method: type[SiteMethod] | type[ModelMethod], package: str) -> dict
     return {
         "name": method.name,
         "summary": method.summary,
-        "kind": "layers" if issubclass(method, SiteMethod) else "the model",
+        "kind": "layers"
+        if issubclass(method, SiteMethod)
+        else "the result"
+        if issubclass(method, TuningMethod)
+        else "the model",
         "needs_data": _needs_data(method),
         "package": package,
         "settings": settings,
@@ -87,7 +93,7 @@ def describe(method: type[SiteMethod] | type[ModelMethod], package: str) -> dict
     }
 
 
-def _needs_data(method: type[SiteMethod] | type[ModelMethod]) -> str:
+def _needs_data(method: type[SiteMethod] | type[ModelMethod] | type[TuningMethod]) -> str:
     from pydantic import ValidationError
 
     try:

@@ -12,6 +12,7 @@ from compress.errors import RecipeError
 if TYPE_CHECKING:
     from compress.methods.base import SiteMethod
     from compress.methods.rewrite import ModelMethod
+    from compress.methods.tuning import TuningMethod
 
 METHODS = {  # name -> where it lives
     "rtn": "compress.methods.rtn:RTN",
@@ -30,6 +31,7 @@ METHODS = {  # name -> where it lives
     "laser": "compress.methods.laser:LASER",
     "dobi_svd": "compress.methods.dobi_svd:DobiSVD",
     "cur": "compress.methods.cur:CUR",
+    "distill": "compress.methods.distill:Distill",
     "slicegpt": "compress.methods.slicegpt:SliceGPT",
     "rotate": "compress.methods.rotate:Rotate",
     "drop_blocks": "compress.methods.drop_blocks:DropBlocks",
@@ -43,7 +45,7 @@ def names() -> list[str]:
     return [*METHODS, *sorted(_outside())]
 
 
-def find(name: str) -> type[SiteMethod] | type[ModelMethod]:
+def find(name: str) -> type[SiteMethod] | type[ModelMethod] | type[TuningMethod]:
     """The class of method `name`. Ours win over an outside package's of the same name.
 
     Raises: RecipeError naming the nearest method, or the package whose method cannot be imported.
@@ -64,7 +66,7 @@ def _outside() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in METHODS}
 
 
-def _load(point: EntryPoint) -> type[SiteMethod] | type[ModelMethod]:
+def _load(point: EntryPoint) -> type[SiteMethod] | type[ModelMethod] | type[TuningMethod]:
     package = point.dist.name if point.dist else "an installed package"
     try:
         method = point.load()
@@ -74,10 +76,11 @@ def _load(point: EntryPoint) -> type[SiteMethod] | type[ModelMethod]:
         ) from error
     from compress.methods.base import SiteMethod
     from compress.methods.rewrite import ModelMethod
+    from compress.methods.tuning import TuningMethod
 
-    if not (isinstance(method, type) and issubclass(method, (SiteMethod, ModelMethod))):
+    if not (isinstance(method, type) and issubclass(method, (SiteMethod, ModelMethod, TuningMethod))):
         raise RecipeError(
-            f"method {point.name!r} of {package}: {point.value} is neither a compress.methods.base.SiteMethod nor a "
-            f"compress.methods.rewrite.ModelMethod"
+            f"method {point.name!r} of {package}: {point.value} is no compress.methods.base.SiteMethod, "
+            f"compress.methods.rewrite.ModelMethod or compress.methods.tuning.TuningMethod"
         )
     return method

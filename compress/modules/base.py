@@ -95,6 +95,15 @@ class CompressedModule(nn.Module, ABC):
         """Multiply the rows of the weight, and the bias, by `scale` [out_features], powers of two. Where `spec.scales_rows`."""
         raise NotImplementedError
 
+    def tunable(self) -> dict[str, Tensor]:
+        """The stored float tensors, by suffix, in which `dense()` is linear piece by piece, so that gradients can move them while
+        everything else stays; the bias is not one of them. None by default."""
+        return {}
+
+    def tuning_gradients(self, by_weight: Tensor) -> dict[str, Tensor]:
+        """Gradients by what is `tunable`, float32, for the gradient by the weight [out_features, in_features]."""
+        return {}
+
     def check_stored(self, name: str) -> None:
         """Raises: CheckpointError naming the tensor of module `name` whose contents, as they were loaded, cannot be."""
         return

@@ -94,6 +94,21 @@ class QuantizedModule(ModuleOfTensors):
             weight[rows] = dequantize_rows(words, scale, zero_point, spec.bits, spec.in_features, rows)
         return weight
 
+    def tunable(self) -> dict[str, Tensor]:
+        return {"weight_scale": self.weight_scale}
+
+    def tuning_gradients(self, by_weight: Tensor) -> dict[str, Tensor]:
+        """Of each scale: the sum over its group of the gradient times code - zero_point."""
+        spec, words, zero_point = self.spec, self.weight_packed, self.weight_zero_point
+        ones = torch.ones_like(self.weight_scale, dtype=torch.float32)
+        found = torch.empty_like(ones)
+        step = max(1, TILE // spec.in_features)
+        for start in range(0, spec.out_features, step):
+            rows = slice(start, min(start + step, spec.out_features))
+            steps = dequantize_rows(words, ones, zero_point, spec.bits, spec.in_features, rows)
+            found[rows] = (steps * by_weight[rows]).unflatten(1, (spec.n_groups, -1)).sum(-1)
+        return {"weight_scale": found}
+
     def extra_repr(self) -> str:
         spec = self.spec
         group = "row" if spec.group_size == -1 else spec.group_size

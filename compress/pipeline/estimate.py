@@ -39,6 +39,8 @@ STARTUP_SECONDS = 6.0  # imports, tokenizer, skeleton
 BYTES_PER_TOKEN = 4  # of English text, for the size of an evaluation text that is not tokenized yet
 UNKNOWN_TEXT_TOKENS = 300_000  # about that of WikiText-2's test split
 MAKING_COPIES = 3  # of a tensor in float64 while it is made: before, after, and in between
+TUNING_COPIES = 3  # of a block: its codes and weights, the gradient, what is made on the way
+TUNING_HELD = 8  # what a pass back through a block keeps, in hidden states and inner ones
 LOGIT_COPIES = 5  # both models' logits of a chunk and what is computed from them
 
 
@@ -50,7 +52,8 @@ def estimate(plan: Plan) -> tuple[int, float]:
     if plan.recipe.evaluation:
         evaluation_bytes = _evaluation_bytes(plan)
     looking_bytes = max(_observation_bytes(plan, tokens), _looking_bytes(plan, tokens))
-    peak = BASE_BYTES + max(compress_bytes + _making_bytes(plan), evaluation_bytes, looking_bytes)
+    tuning_bytes = _tuning_bytes(plan, tokens)
+    peak = BASE_BYTES + max(compress_bytes + _making_bytes(plan), evaluation_bytes, looking_bytes, tuning_bytes)
     return peak, _seconds(plan, tokens)
 
 
@@ -243,6 +246,31 @@ def _observation_bytes(plan: Plan, tokens: int) -> int:
     return peak
 
 
+def _tuning_bytes(plan: Plan, tokens: int) -> int:
+    """A block with the gradient of its weights, what a pass back through it needs, hidden states, heads, a chunk's logits."""
+    tuning = plan.tuning
+    if tuning is None:
+        return 0
+    calibration, architecture = plan.recipe.calibration, plan.architecture
+    in_step = tuning.rows * calibration.length
+    at_once = min(tuning.rows, calibration.rows_per_batch) * calibration.length
+    hidden = (tokens + in_step * (architecture.n_blocks + 1)) * architecture.hidden_size
+    block = max(_block_parameters(plan), default=0) * TUNING_COPIES
+    back = at_once * TUNING_HELD * (architecture.hidden_size + _widest(plan))
+    head = architecture.vocab_size * architecture.hidden_size * DTYPE_BYTES[plan.float_dtype]
+    chunk = max(LOGIT_BYTES, MIN_CHUNK_TOKENS * architecture.vocab_size * COMPUTE_BYTES)
+    return COMPUTE_BYTES * (block + int(FRAGMENTATION * (hidden + back))) + 2 * head + LOGIT_COPIES * chunk
+
+
+def _tuning_flops(plan: Plan, forward: float, tokens: int) -> float:
+    """The original once; of each iteration forth, forth again and back, and both heads."""
+    if plan.tuning is None:
+        return 0.0
+    in_step = plan.tuning.rows * plan.recipe.calibration.length * plan.tuning.iterations
+    head = 2.0 * plan.architecture.vocab_size * plan.architecture.hidden_size
+    return forward * tokens + in_step * (4 * forward + 3 * head)
+
+
 def _observing(step: StepPlan) -> set[Any]:
     return {config for config in step.configs.values() if step.method.observes(config)}
 
@@ -289,7 +317,7 @@ def _seconds(plan: Plan, tokens: int) -> float:
         flops += rewrite.method.flops(extent, rewrite.config)
         flops += rewrite.method.observation_flops(extent, rewrite.config) if rewrite.observes else 0.0
     flops += forward * tokens * sum(bool(_observing(step)) for stage in plan.stages for step in stage)
-    flops += forward * _order_tokens(plan)
+    flops += forward * _order_tokens(plan) + _tuning_flops(plan, forward, tokens)
     if plan.recipe.evaluation:
         head = 2.0 * plan.architecture.vocab_size * plan.architecture.hidden_size
         flops += 2 * (forward + 2 * head) * _evaluation_tokens(plan)

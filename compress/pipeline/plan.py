@@ -21,6 +21,7 @@ from compress.pipeline.plan_checks import check_data_at_hand, check_source
 from compress.pipeline.plan_result import LayerPlan, all_warnings, choose_format, described, layer_bits, result_bytes
 from compress.pipeline.rewriting import RewritePlan, plan_rewrites
 from compress.pipeline.steps import Decisions, StepPlan, foresee, methods_of, plan_steps
+from compress.pipeline.tuning_plan import TuningPlan, check_tuning, plan_tuning
 
 if TYPE_CHECKING:
     from compress.methods.base import LayerShape
@@ -53,11 +54,18 @@ class Plan:
     peak_bytes: int
     seconds: float
     warnings: tuple[str, ...] = field(default=())
+    tuning: TuningPlan | None = None
+
+    @property
+    def staged(self) -> bool:
+        """Whether the pass's files are not yet those of the result."""
+        return bool(self.stacked) or self.tuning is not None
 
     @property
     def needs_data(self) -> bool:
         steps = [step for stage in self.stages for step in stage]
-        return any(step.needs_data for step in self.rewrites) or any(step.needs_data for step in steps)
+        behind = self.tuning is not None
+        return behind or any(step.needs_data for step in self.rewrites) or any(step.needs_data for step in steps)
 
     @property
     def bytes_kept(self) -> int:
@@ -121,6 +129,9 @@ class Plan:
                 [{"step": s.number, "method": s.method.name, "layers": len(s.configs)} for s in stage]
                 for stage in self.stages
             ],
+            "tuning": None
+            if self.tuning is None
+            else {"step": self.tuning.number, "method": self.tuning.method.name, "iterations": self.tuning.iterations},
             "format": self.format,
             "format_reason": self.format_reason,
             "symmetric": all(getattr(spec, "symmetric", True) for spec in self.specs.values()),
@@ -188,7 +199,9 @@ def plan_source(
         architecture = architecture_of(source.config, source.infos.keys())
         source_specs = modules_of(source.config, source.infos)
     weights = _weights(source, architecture, source_specs)
-    steps = plan_steps(recipe.steps, weights, source_specs, decisions, first=len(rewrites))
+    tuning = plan_tuning(recipe)
+    at_layers = recipe.steps[: tuning.number] if tuning else recipe.steps
+    steps = plan_steps(at_layers, weights, source_specs, decisions, first=len(rewrites))
     foresee(steps, weights, source_specs, float_dtype)
     layers = _plan_layers(steps, architecture, weights, source, source_specs, float_dtype)
     specs = described(source_specs, layers)
@@ -200,11 +213,13 @@ def plan_source(
     total_after = result_bytes(source, architecture, source_specs, layers, FLOAT_DTYPES.get(recipe.model.dtype), untied)
     warnings = all_warnings(layers, format_, untied, rewrites, steps, architecture)
     needs_data = any(step.needs_data for step in rewrites) or any(step.needs_data for step in steps)
+    needs_data = needs_data or tuning is not None
     check_data_at_hand(recipe, original, architecture, needs_data)
     draft = Plan(
         recipe, original, rewrites, source, architecture, (steps,), layers, source_specs, float_dtype, format_, reason, untied,
-        total_before, total_after, 0, 0.0, warnings,
+        total_before, total_after, 0, 0.0, warnings, tuning,
     )  # fmt: skip
+    check_tuning(tuning, source_specs, specs, bool(draft.stacked))
     peak, seconds = estimate(draft)
     return Plan(**{**draft.__dict__, "peak_bytes": peak, "seconds": seconds})
 

@@ -47,6 +47,7 @@ def build_report(
         "peak_bytes": meter.peak_bytes,
         "peaks": dict(meter.peaks),
         "replayed_blocks": details.get("replayed_blocks", 0),
+        "tuning": content["tuning"] and {**content["tuning"], "figures": details.get("tuning") or {}},
         "calibration_tokens": details.get("calibration_tokens", 0),
         "evaluation": evaluation,
     }

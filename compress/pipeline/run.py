@@ -210,23 +210,29 @@ def _measure_again(
 def _finished_details(planned: Plan, folder: Path, journal: Journal, progress: Progress) -> dict[str, Any] | None:
     """What the journal knows of a model that was finished before the run was interrupted (in its evaluation); None if it
     is not, or no longer, whole."""
-    from compress.pipeline.shards import part_numbers
+    from compress.pipeline.shards import finished_files, part_numbers
 
     config = folder / CONFIG
     if not config.exists():
         return None
-    from compress.pipeline.stacking import finished_stack
-
     parts, last = part_numbers(planned), len(planned.stages) - 1
-    if planned.stacked:  # what the pass left is gone by now
-        trusted = journal.finished(last) if finished_stack(planned, journal, progress.note) else {}
+    if planned.staged:  # what the pass left is gone by now
+        trusted = journal.finished(last) if finished_files(planned, journal, progress.note) else {}
     else:
         trusted = journal.trusted(last, parts, progress.note)
     if len(trusted) < len(parts):
         config.unlink()
         return None
     layers = {name: figures for entry in trusted.values() for name, figures in entry.layers.items()}
-    return {"layers": layers, "activities": {}, "replayed_blocks": 0}
+    return {"layers": layers, "activities": {}, "replayed_blocks": 0, "tuning": _tuning_figures(folder)}
+
+
+def _tuning_figures(folder: Path) -> dict[str, float] | None:
+    from compress.pipeline.memory import Memory
+    from compress.pipeline.tuning import FIGURES
+
+    file = folder / WORK_FOLDER / FIGURES
+    return Memory(file).values.get("figures") if file.is_file() else None
 
 
 def _settle(
@@ -265,8 +271,10 @@ def _compress(
     progress: Progress,
 ) -> dict[str, Any]:
     from compress.pipeline.finish import check_logits, finish, finished_config
-    from compress.pipeline.stacking import drop_staged, write_stack
+    from compress.pipeline.shards import drop_staged
+    from compress.pipeline.stacking import write_stack
     from compress.pipeline.stage import Stage
+    from compress.pipeline.tuning import drop_tuning, tune
 
     device, dtype = compute_place(planned, machine)
     rows = _rows_to_order_by(planned, source)  # before the pass: there may be too few
@@ -277,15 +285,29 @@ def _compress(
     if planned.stacked:
         with stage.watch("order and stack"):
             write_stack(planned, config, folder, journal, rows, result.layers, dtype, device, limit, progress)
+    model, hidden, figures = stage.model, stage.probe_hidden, None
+    if planned.tuning is not None:
+        with stage.watch(planned.tuning.method.name):
+            model, hidden, figures = tune(
+                planned, config, source, folder, journal, batches, stage.probe_ids, dtype, device, limit, progress
+            )
     progress.begin("check", 1, "model")
     with stage.watch("final check"):
-        check_logits(planned, config, folder, stage.probe_ids, stage.probe_hidden, stage.model)
+        check_logits(planned, config, folder, stage.probe_ids, hidden, model)
     finish(planned, source, folder, config)
     progress.end()
     stage.model.close()
-    if planned.stacked:
+    if planned.staged:
         drop_staged(planned, folder)
-    return {"layers": result.layers, "activities": result.seconds, "replayed_blocks": result.replayed_blocks}
+    if planned.tuning is not None:
+        model.close()
+        drop_tuning(folder)
+    return {
+        "layers": result.layers,
+        "activities": result.seconds,
+        "replayed_blocks": result.replayed_blocks,
+        "tuning": figures,
+    }
 
 
 def _rows_to_order_by(planned: Plan, source: Path) -> list[Any]:
@@ -381,7 +403,7 @@ def check_room(planned: Plan, folder: Path, machine: Machine, progress: Progress
         existing = existing.parent
     found = [*folder.glob("*.safetensors"), *(folder / WORK_FOLDER).glob("*.safetensors")]
     present = sum(f.stat().st_size for f in found)
-    copies = 2 if planned.stacked else 1  # a stack is written from the files of the pass
+    copies = 2 if planned.staged else 1  # the result is written from the files of the pass
     needed = int(copies * planned.bytes_total_after * (1 + DISK_SHARE)) + DISK_SLACK - present
     spilled = spilled_bytes(planned, activation_limit(machine))
     needed += planned.bytes_kept + spilled

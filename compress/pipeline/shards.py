@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from compress.checkpoint.writer import Stored, from_source, from_tensor, write_s
 from compress.methods.base import Outcome
 from compress.modules.spec import ModuleSpec
 from compress.pipeline.folding import scaled
-from compress.pipeline.journal import BlockEntry, sha256_of
+from compress.pipeline.journal import BlockEntry, Journal, sha256_of
 from compress.pipeline.layers import as_stored
 from compress.pipeline.meter import Stopwatch
 from compress.pipeline.output import WORK_FOLDER
@@ -33,9 +34,30 @@ def shard_name(plan: Plan, number: int) -> str:
 
 
 def staged_name(plan: Plan, number: int) -> str:
-    """Where the pass leaves part `number`: of a stack, which is written from these files, in the work folder."""
+    """Where the pass leaves part `number`: in the work folder, where the result is made from these files behind the pass."""
     name = shard_name(plan, number)
-    return f"{WORK_FOLDER}/{name}" if plan.stacked else name
+    return f"{WORK_FOLDER}/{name}" if plan.staged else name
+
+
+def staged_infos(plan: Plan, out: Path) -> dict[str, TensorInfo]:
+    """Every tensor that the pass left."""
+    infos: dict[str, TensorInfo] = {}
+    for number in range(n_shards(plan)):
+        infos.update(read_header(out / staged_name(plan, number)))
+    return infos
+
+
+def finished_files(plan: Plan, journal: Journal, note: Callable[[str], None]) -> bool:
+    """Whether all files that were made behind the pass are as the journal knows them."""
+    noted = journal.finished(len(plan.stages))
+    return bool(noted) and len(journal.trusted(len(plan.stages), range(len(noted)), note)) == len(noted)
+
+
+def drop_staged(plan: Plan, out: Path) -> None:
+    """The model is whole: what the pass left is not needed any more."""
+    for number in range(n_shards(plan)):
+        with suppress(FileNotFoundError):
+            (out / staged_name(plan, number)).unlink()
 
 
 def n_shards(plan: Plan) -> int:

@@ -9,15 +9,14 @@ when the model is whole.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.checkpoint.headers import TensorInfo, read_header
+from compress.checkpoint.headers import read_header
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.stack import STACK, Entry, StackFile, open_stack, stack_name, table_json
 from compress.checkpoint.writer import Stored, from_source, write_json, write_safetensors
@@ -28,7 +27,7 @@ from compress.pipeline.memory import Memory
 from compress.pipeline.output import CONFIG, WORK_FOLDER
 from compress.pipeline.plan import Plan
 from compress.pipeline.progress import Progress
-from compress.pipeline.shards import n_shards, shard_name, staged_name
+from compress.pipeline.shards import n_shards, shard_name, staged_infos, staged_name
 from compress.pipeline.stack_view import FinishedView
 
 ORDER = "order.jsonl"
@@ -42,14 +41,6 @@ def stack_method(plan: Plan) -> tuple[type[SiteMethod], dict[str, Any]]:
     methods = {method for method, _ in found.values()}
     assert len(methods) == 1, f"{methods}: a stack is of one method"
     return methods.pop(), {name: config for name, (_, config) in found.items()}
-
-
-def staged_infos(plan: Plan, out: Path) -> dict[str, TensorInfo]:
-    """Every tensor that the pass left."""
-    infos: dict[str, TensorInfo] = {}
-    for number in range(n_shards(plan)):
-        infos.update(read_header(out / staged_name(plan, number)))
-    return infos
 
 
 def write_stack(
@@ -172,16 +163,3 @@ def _summed(reader: CheckpointReader, name: str, place: tuple[str, int], sums: d
 def stack_files(out: Path) -> list[str]:
     """The stack's files in a folder that is finished."""
     return sorted([STACK, *(file.name for file in out.glob("stack-*.safetensors"))]) if (out / STACK).is_file() else []
-
-
-def drop_staged(plan: Plan, out: Path) -> None:
-    """The model is whole: what the pass left is not needed any more."""
-    for number in range(n_shards(plan)):
-        with suppress(FileNotFoundError):
-            (out / staged_name(plan, number)).unlink()
-
-
-def finished_stack(plan: Plan, journal: Journal, note: Callable[[str], None]) -> bool:
-    """Whether all files of a stack are as the journal knows them."""
-    noted = journal.finished(len(plan.stages))
-    return bool(noted) and len(journal.trusted(len(plan.stages), range(len(noted)), note)) == len(noted)
