@@ -1,13 +1,14 @@
 """Whole models at several widths: tokens per second of decode and prefill, and memory, as a table, a plot and JSON.
 
-    python scripts/bench_decode.py [--model 1b|shipped] [--ways fp32 bf16 w8 …] [--threads 1 2] [--json FILE] [--plot FILE]
+    python scripts/bench_decode.py [--model 1b|shipped|thin] [--ways fp32 bf16 w8 …] [--threads 1 2] [--json FILE] [--plot FILE]
     python scripts/bench_decode.py --ways "ggml q4_0" --ggml LIBPEER
 
 Each cell is a process of its own: a Llama of the model's shapes is made in memory with random weights (speed does not depend
 on them), decodes greedily from a prompt with `compress.runtime.decode`, and is weighed. `w4`: blocks in integers of 4 bits,
 groups of 128, symmetric; the head in 8 bits. `w4 float`: activations are not rounded. `w4 reference`: torch alone.
 `low rank`: the linears of the blocks as two bfloat16 factors of half their weights together; `low rank w4`: these in 4 bits.
-Floats are bfloat16 beside packed weights. `promised`: what reading the weights of a token would allow, at the bandwidth that
+Floats are bfloat16 beside packed weights. `thin` is as deep as `1b` and has next to no weights: what is left is what a token
+costs around its products. `promised`: what reading the weights of a token would allow, at the bandwidth that
 is measured in the same process (buffers on pages of 2M). Cells that are in the JSON file already, at the same commit, are kept.
 
 `ggml TYPE`, `ik TYPE`: the linears of the blocks alone (no attention, norms, sampling) in the order of the model, each a graph
@@ -35,6 +36,10 @@ MODELS: dict[str, dict[str, int]] = {
         "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
         "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000,
     },
+    "thin": {
+        "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 512,
+    },
 }  # fmt: skip
 WAYS = ("fp32", "bf16", "w8", "w4", "w3", "w2", "w4 float", "low rank", "low rank w4")
 GROUP = 128
@@ -43,7 +48,7 @@ SKIP = 4  # tokens before times count
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("1b", "shipped"), default="1b")
+    parser.add_argument("--model", choices=(*MODELS, "shipped"), default="1b")
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--prompt", type=int, default=128, help="tokens [default: 128]")
