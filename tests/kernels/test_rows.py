@@ -126,8 +126,11 @@ def test_strides_threads_and_sums_into_the_output():
 
 def test_a_mask_with_more_places_than_there_are_values_reads_nothing_beyond_them():
     values, positions = torch.ones(3), torch.full((2, 1), -1, dtype=torch.int32)
-    found = sparse_linear(torch.ones(1, 32), values, positions, None, None, 0, 0, 0, 32)
-    assert found.tolist() == [[3, 0]]
+    for dtype in DTYPES:
+        for tokens in (1, 6):
+            x = torch.ones(tokens, 32, dtype=dtype)
+            found = sparse_linear(x, values.to(dtype), positions, None, None, 0, 0, 0, 32)
+            assert found.tolist() == [[3, 0]] * tokens
 
 
 def test_what_does_not_fit_is_refused():
