@@ -23,6 +23,9 @@ PAIRED = {4: 16, 3: 32, 2: 64}  # bits: the group size of gptq that takes about 
 GROUPS: dict[str, Settings] = {  # heading -> step, bits left out
     "`gptq`, `clip: mse`": {"gptq": {"clip": "mse"}},
     "`gptq`, `clip: mse`, `signed_scales`": {"gptq": {"clip": "mse", "signed_scales": True}},
+    "`gptq`, `clip: mse`, `signed_scales`, `gptaq: 0.25`": {
+        "gptq": {"clip": "mse", "signed_scales": True, "gptaq": 0.25}
+    },
     "NormalFloat, `scales: absmax`, nearest": {"lut": {"table": "normal_float", "scales": "absmax", **NEAREST}},
     "NormalFloat, nearest": {"lut": {"table": "normal_float", **NEAREST}},
     "NormalFloat, feedback": {"lut": {"table": "normal_float", "refit": 0}},
@@ -30,9 +33,10 @@ GROUPS: dict[str, Settings] = {  # heading -> step, bits left out
         "lut": {"table": "normal_float", "refit": 0, "order": "gar", "static_groups": False}
     },
     "NormalFloat, feedback, refit": {"lut": {"table": "normal_float"}},
-    "k-means of groups, nearest": {"lut": NEAREST},
     "k-means of groups, feedback": {"lut": {"refit": 0}},
     "k-means of groups, feedback, refit": {"lut": {}},
+    "k-means of groups, feedback, refit, `match: 0.5`": {"lut": {"match": 0.5}},
+    "k-means of groups, feedback, refit, `match: 1`": {"lut": {"match": 1.0}},
 }
 ROWS: dict[str, Settings] = {
     "k-means, unweighted, nearest": {"lut": {"sensitivity": "none", **NEAREST}},

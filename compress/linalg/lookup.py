@@ -118,13 +118,16 @@ class ScaleRule:
     fit: Literal["absmax", "fitted"] = "fitted"
 
 
-def fit_scales(weight: Tensor, group_size: int, rule: ScaleRule, sensitivity: Tensor) -> Tensor:
+def fit_scales(
+    weight: Tensor, group_size: int, rule: ScaleRule, sensitivity: Tensor, near: Tensor | None = None
+) -> Tensor:
     """A scale per row and group.
 
     Args:
         weight: [rows, columns], float32.
         group_size: columns that share a scale; divides `columns`.
         sensitivity: h [columns], not negative.
+        near: [rows, groups] to start from, not 0.
 
     Returns: [rows, groups] in the stored dtype, never 0; 1 for a group of zeros.
     Raises: NumericsError if one is not finite in that dtype.
@@ -133,7 +136,7 @@ def fit_scales(weight: Tensor, group_size: int, rule: ScaleRule, sensitivity: Te
     parts = []
     for rows in row_chunks(weight):
         groups = weight[rows].unflatten(1, (-1, group_size))  # [chunk, groups, group_size]
-        parts.append(_fit(groups, h, rule))
+        parts.append(_fit(groups, h, rule, None if near is None else near[rows]))
     return torch.cat(parts).to(rule.table.dtype)
 
 
@@ -143,7 +146,7 @@ def _of_groups(sensitivity: Tensor, group_size: int) -> Tensor:
     return torch.where(h.sum(1, keepdim=True) > 0, h, torch.ones_like(h))
 
 
-def _fit(groups: Tensor, h: Tensor, rule: ScaleRule) -> Tensor:
+def _fit(groups: Tensor, h: Tensor, rule: ScaleRule, near: Tensor | None) -> Tensor:
     table, dtype = rule.table.float(), rule.table.dtype
     largest = groups.abs().amax(-1)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
@@ -157,8 +160,8 @@ def _fit(groups: Tensor, h: Tensor, rule: ScaleRule) -> Tensor:
         weighted = values * h
         return values, (weighted * groups).sum(-1), (weighted * values).sum(-1)
 
-    best_gain, best = torch.full_like(largest, -torch.inf), largest
-    for start in (sign * p for p in STARTS for sign in (1, -1)):
+    best_gain, best = torch.full_like(largest, -torch.inf), largest if near is None else near.float()
+    for start in (sign * p for p in STARTS for sign in (1, -1) if near is None):
         scale = largest * start
         _, product, square = coded(scale)
         gain = torch.where(square > 0, product.square() / square, 0.0)  # of the best scale for these codes
@@ -199,11 +202,12 @@ def fit_table(weight: Tensor, bits: int, group_size: int, sensitivity: Tensor, d
     step = -(-weight.numel() // POOL)  # rows between those that are looked at
     sample = weight[::step]
     h = _of_groups(sensitivity, group_size)
-    table = normal_float(bits).to(weight.device, dtype)
+    table, scale = normal_float(bits).to(weight.device, dtype), None
     for _ in range(TURNS):
-        scale = fit_scales(sample, group_size, ScaleRule(table), sensitivity).float().unsqueeze(-1)  # [rows, groups, 1]
-        pooled = sample.unflatten(1, (-1, group_size)) / scale
-        found = weighted_kmeans(pooled.reshape(1, -1), (scale.square() * h).reshape(1, -1), 2**bits)[0]
+        scale = fit_scales(sample, group_size, ScaleRule(table), sensitivity, scale)
+        each = scale.float().unsqueeze(-1)  # [rows, groups, 1]
+        pooled = sample.unflatten(1, (-1, group_size)) / each
+        found = weighted_kmeans(pooled.reshape(1, -1), (each.square() * h).reshape(1, -1), 2**bits)[0]
         largest = found.abs().max()
         if largest == 0:
             break

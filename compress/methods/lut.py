@@ -5,8 +5,12 @@
 
     minimise  tr((W - Q) H (W - Q)^T),   H = sum_t x_t x_t^T
 
-in three steps, of which each may be left out:
+in steps, of which each may be left out:
 
+    match    The inputs x come from compressed layers; x~ are the original model's. W x comes closest to W x~ with
+             W + W D H_d^-1 in place of W, D = sum_t (x~_t - x_t) x_t^T: the least-squares solution, to which H_d holds it back.
+             With `match` that far towards it, this is what the steps below take for W. GPTAQ has the same aim, and changes
+             columns in its loop (compress/methods/gptq.py).
     tables   Scales and k-means minimise sum_i h_i (w_i - w'_i)^2 with h the diagonal of H, the mean square of each input
              (compress/linalg/lookup.py, kmeans.py). SqueezeLLM takes the diagonal of the Fisher information, the mean of
              (dLoss/dw)^2, which needs a backward pass through the model for every calibration row; our statistics are of
@@ -30,13 +34,13 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from compress.calibration.statistics import Request, SecondMoment, SiteStatistics
+from compress.calibration.statistics import CrossMoment, Request, SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
 from compress.linalg.cholesky import InverseFactor, inverse_factor
 from compress.linalg.error_feedback import cuts, round_onto
 from compress.linalg.lookup import Lookup, LookupColumns, ScaleRule, fit_scales, fit_table, fit_tables, normal_float
 from compress.linalg.lookup_refit import refit
-from compress.linalg.order import act_order, group_aware_order
+from compress.linalg.order import act_order, group_aware_order, inverse_order
 from compress.linalg.quadratic import row_energy
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
 from compress.methods.gptq import rows_per_loop
@@ -81,6 +85,12 @@ class LUTConfig(MethodConfig):
         True,
         description="fit scales on the original weights; false: on the weights as updated so far, as in GPTQ's paper",
     )
+    match: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="strength of matching what the original model's inputs would give; 0: the layer as it is",
+    )
     damping: float = Field(0.01, gt=0, lt=1, description="fraction of the mean of diag(H) that is added to diag(H)")
     block_size: int = Field(128, ge=1, description="columns between updates of the whole matrix; changes speed only")
 
@@ -116,7 +126,12 @@ class LUTConfig(MethodConfig):
     def calibrated(self) -> bool:
         """Whether it looks at inputs."""
         weighed = self.sensitivity != "none" and (self.table == "kmeans" or self.scales == "fitted")
-        return weighed or self.error_feedback or self.refit > 0
+        return weighed or self.curved
+
+    @property
+    def curved(self) -> bool:
+        """Whether it needs the second moment as a whole."""
+        return self.error_feedback or self.refit > 0 or self.match > 0
 
 
 class LUT(SiteMethod):
@@ -147,6 +162,8 @@ class LUT(SiteMethod):
 
     @classmethod
     def statistics(cls, config: LUTConfig) -> tuple[Request, ...]:
+        if config.match:
+            return (SecondMoment(), CrossMoment())
         return (SecondMoment(),) if config.calibrated else ()
 
     @classmethod
@@ -215,11 +232,8 @@ def _calibrated(
     dead = hessian.diagonal() == 0
     weight = layer.weight.clone()
     weight[:, dead] = 0
-    unweighted = config.sensitivity == "none"
-    sensitivity = torch.ones_like(weight[0]) if unweighted else hessian.diagonal() / statistics.n_tokens
-    lookup = _fitted(layer, weight, sensitivity)
     notes, curvature = [], None
-    if config.error_feedback or config.refit:
+    if config.curved:
         key = (config.damping, config.order, config.groups if config.order == "gar" else None)
         if key not in curvatures:
             curvatures[key] = _curvature(config, hessian, dead)
@@ -228,6 +242,11 @@ def _calibrated(
             notes.append(f"NOT CALIBRATED: {found}; every weight took the nearest value")
         else:
             curvature = found
+    if curvature is not None and config.match:
+        weight += config.match * _missing(weight, statistics[CrossMoment()].float(), curvature, dead)
+    unweighted = config.sensitivity == "none"
+    sensitivity = torch.ones_like(weight[0]) if unweighted else hessian.diagonal() / statistics.n_tokens
+    lookup = _fitted(layer, weight, sensitivity)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     pieces, start = [], 0.0
     for first, last in cuts(0, len(weight), rows_per_loop(weight.shape[1])):
@@ -283,6 +302,16 @@ def _curvature(config: LUTConfig, hessian: Tensor, dead: Tensor) -> _Curvature |
     damped = hessian.clone()
     damped.diagonal().copy_(diagonal + factor.added)
     return _Curvature(factor, order, damped)
+
+
+def _missing(weight: Tensor, cross: Tensor, curvature: _Curvature, dead: Tensor) -> Tensor:
+    """W D H_d^-1, D = sum_t (x~_t - x_t) x_t^T: what would have to be added to W for W x to come closest to W x~."""
+    upper, order = curvature.factor.upper, curvature.order
+    found = weight @ cross
+    found[:, dead] = 0
+    if order is None:
+        return found @ upper.T @ upper
+    return (found[:, order] @ upper.T @ upper)[:, inverse_order(order)]
 
 
 def _fitted(layer: Layer, weight: Tensor, sensitivity: Tensor) -> Lookup:

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from compress.calibration.statistics import SecondMoment, SiteStatistics
+from compress.calibration.statistics import CrossMoment, SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
 from compress.linalg.lookup import Lookup
 from compress.linalg.quadratic import row_energy
@@ -93,6 +93,34 @@ def test_uncorrelated_inputs_of_one_size_need_no_feedback():
             done(x, dtype=torch.float32, refit=0, **kind).module.dense(),
             done(x, dtype=torch.float32, **kind, **NEAREST).module.dense(),
         )
+
+
+@pytest.mark.parametrize("order", ["act", "none"])
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_matching_brings_outputs_to_those_of_the_original_inputs(kind, order):
+    """The compressed layers before it changed the inputs; what W makes of the original ones is the aim."""
+    original = inputs(400, IN)
+    x = original + 0.3 * inputs(400, IN, seed=5) @ (torch.randn(IN, IN, generator=torch.Generator().manual_seed(6)) / 8)
+    known, matrix = statistics(x, original), weight(OUT, IN)
+    losses = []
+    for match in (0.0, 0.5, 1.0):
+        config = LUTConfig(bits=4, match=match, order=order, damping=1e-4, **kind)
+        assert (CrossMoment() in LUT.statistics(config)) == (match > 0)
+        module = compress(LUT, [layer("l", matrix, config, scale_dtype=torch.float32)], known)["l"].module
+        losses.append(float((original @ matrix.T - x @ module.dense().T).square().sum()))
+    assert losses[0] > 1.5 * losses[1] and losses[1] > losses[2]
+    best = torch.linalg.lstsq(x, original @ matrix.T).solution
+    floor = float((original @ matrix.T - x @ best).square().sum())
+    assert floor < losses[2] < 1.3 * floor
+
+
+def test_matching_changes_nothing_where_inputs_are_the_original_ones():
+    x = inputs(200, IN)
+    outcomes = [
+        compress(LUT, [layer("l", weight(OUT, IN), LUTConfig(match=match))], statistics(x, x))["l"]
+        for match in (0.0, 1.0)
+    ]
+    assert torch.equal(outcomes[0].module.dense(), outcomes[1].module.dense())
 
 
 @pytest.mark.parametrize("order", ["none", "gar"])
