@@ -46,11 +46,7 @@ CASES = [
     Case("with_head", [{"gptq": {"bits": 4, "group_size": 32}, "layers": ["*_proj", "lm_head"]}], model="llama"),
     Case("conv1d", [{"gptq": {"bits": 4, "group_size": 32}}], model="gpt2"),
     Case("experts", [{"gptq": {"bits": 4, "group_size": 32}}], model="mixtral"),
-    Case(
-        "lut",
-        [{"lut": {"bits": 3, "group_size": 32, "refit": 1}}],
-        [{"lut": {"bits": 4, "group_size": 16, "refit": 1}}],
-    ),
+    Case("lut", [{"lut": {"bits": 3, "group_size": 32, "refit": 1}}]),
     Case(
         "lut_rows_conv1d_head",
         [{"lut": {"bits": 2, "refit": 1}, "layers": ["*.c_*", "lm_head"]}],
@@ -63,7 +59,9 @@ CASES = [
         model="mixtral",
     ),
     Case(
-        "svd_then_lut", [{"svd": {"keep_ratio": 0.9}}, {"lut": {"bits": 4, "group_size": 8, "refit": 1}}], model="llama"
+        "svd_then_lut",
+        [{"svd": {"keep_ratio": 0.9}}, {"lut": {"table": "normal_float", "group_size": 8, "refit": 0}}],
+        model="llama",
     ),
     Case(
         "signround",
