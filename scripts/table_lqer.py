@@ -17,12 +17,11 @@ from typing import Any
 from tables import Measure, Settings, parser, show
 
 GRID: Settings = {"signed_scales": True}
-GROUP = 64  # of what is corrected
-FINER = (64, 32, 16)  # groups of gptq alone
-RANKS = (4, 8, 16)
+FINER = {2: (64, 32, 16), 3: (64, 32), 4: (64, 32)}  # groups of gptq alone
+RANKS = ((64, 4), (64, 8), (64, 16), (128, 16))  # groups and ranks of lq_lora
 TURNS: Settings = {"first": "low_rank", "rounds": 3}
-AIM = 1.0  # refit; GPTAQ does best at half of it
-GPTAQ = 0.5
+AIM = 1.0  # refit
+GPTAQ = 0.5  # of gptq alone, to the same end
 
 
 def main() -> None:
@@ -35,8 +34,8 @@ def gptq(bits: int, group: int, **settings: Any) -> Settings:
     return {"gptq": {"bits": bits, "group_size": group, "clip": "mse", **GRID, **settings}}
 
 
-def corrected(method: str, bits: int, rank: int, factor_bits: int = 4, **settings: Any) -> Settings:
-    own = {"bits": bits, "group_size": GROUP, "rank": rank, "factor_bits": factor_bits, **GRID, **settings}
+def corrected(method: str, bits: int, rank: int, group: int = 64, factor_bits: int = 4, **settings: Any) -> Settings:
+    own = {"bits": bits, "group_size": group, "rank": rank, "factor_bits": factor_bits, **GRID, **settings}
     return {method: own}
 
 
@@ -52,39 +51,38 @@ def lines(measure: Measure, rows: dict[str, Settings], by_size: bool = True) -> 
 
 def sizes(bits: int, measure: Measure) -> Iterator[str]:
     """Corrections of several ranks, with and without an eye on the original's inputs, beside gptq in smaller groups; by size."""
-    rows = {f"`gptq`, groups of {group}": gptq(bits, group) for group in FINER}
-    rows |= {f"`gptq`, groups of {group}, `gptaq: {GPTAQ}`": gptq(bits, group, gptaq=GPTAQ) for group in FINER}
-    for rank in RANKS:
-        rows[f"`lqer`, rank {rank}"] = corrected("lqer", bits, rank)
-        rows[f"`lqer`, rank {rank}, `refit: 1`"] = corrected("lqer", bits, rank, refit=AIM)
-        rows[f"`lq_lora`, rank {rank}, `refit: 1`"] = corrected("lq_lora", bits, rank, **TURNS, refit=AIM)
+    rows = {f"`gptq`, groups of {group}": gptq(bits, group) for group in FINER[bits]}
+    rows[f"`gptq`, groups of 32, `gptaq: {GPTAQ}`"] = gptq(bits, 32, gptaq=GPTAQ)
+    rows["`lqer`, groups of 64, rank 8"] = corrected("lqer", bits, 8)
+    rows["`lqer`, groups of 64, rank 8, `refit: 1`"] = corrected("lqer", bits, 8, refit=AIM)
+    for group, rank in RANKS:
+        rows[f"`lq_lora`, groups of {group}, rank {rank}, `refit: 1`"] = corrected(
+            "lq_lora", bits, rank, group, **TURNS, refit=AIM
+        )
     yield from lines(measure, rows)
 
 
 def factors(measure: Measure) -> Iterator[str]:
     """Bits of the factors, 2 bits of weights; by size."""
     rows = {
-        f"rank {rank}, factors of {factor_bits} bits": corrected("lqer", 2, rank, factor_bits, refit=AIM)
-        for rank, factor_bits in ((2, 16), (4, 8), (4, 16), (8, 4), (8, 8), (16, 4))
+        f"rank {rank}, factors of {factor_bits} bits": corrected("lqer", 2, rank, 64, factor_bits, refit=AIM)
+        for rank, factor_bits in ((2, 16), (8, 16), (8, 8), (8, 4))
     }
     yield from lines(measure, rows)
 
 
 def parts(measure: Measure) -> Iterator[str]:
-    """What each part does, 2 bits, rank 8."""
+    """What each part does, 2 bits, groups of 64, rank 8."""
     lqer, turns = partial(corrected, "lqer", 2, 8), partial(corrected, "lq_lora", 2, 8)
     rows = {
         "`lqer`, `quantizer: rtn, objective: plain`": lqer(quantizer="rtn", objective="plain"),
         "`lqer`, `quantizer: rtn`": lqer(quantizer="rtn"),
-        "`lqer`, `objective: plain`": lqer(objective="plain"),
-        "`lqer`, `objective: diagonal`": lqer(objective="diagonal"),
         "`lqer`": lqer(),
         "`lqer`, `refit: 1`": lqer(refit=AIM),
+        "`lqer`, `quantizer: lut, refit: 1`": lqer(quantizer="lut", refit=AIM),
         "`lq_lora`, `first: rounding, rounds: 3`": turns(first="rounding", rounds=3),
         "`lq_lora`, `first: low_rank, rounds: 3`": turns(**TURNS),
-        "`lq_lora`, `first: rounding, rounds: 3, refit: 1`": turns(first="rounding", rounds=3, refit=AIM),
         "`lq_lora`, `first: low_rank, rounds: 3, refit: 1`": turns(**TURNS, refit=AIM),
-        "`lq_lora`, `first: low_rank, rounds: 10, refit: 1`": turns(first="low_rank", rounds=10, refit=AIM),
     }
     yield from lines(measure, rows, by_size=False)
 

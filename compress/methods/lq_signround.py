@@ -44,6 +44,9 @@ class LQSignRoundConfig(LQLoRAConfig):
     factor_bits: Literal[8, 4] = Field(  # type: ignore[assignment]
         4, description="bits of the correction's factors: integers with a scale per row"
     )
+    quantizer: Literal["gptq", "rtn"] = Field(  # type: ignore[assignment]
+        "gptq", description="what rounds at the start; settings of gptq alone are of no effect with rtn"
+    )
     rounds: int = Field(1, ge=1, description="of the start: roundings at most, as in lq_lora")
     iterations: int = Field(200, ge=0, description="steps per block; 0 is the start itself")
     lr: float | None = Field(

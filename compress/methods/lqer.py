@@ -1,6 +1,6 @@
 """LQER: round to few bits, then make good with a pair of thin matrices what the rounding cost on the calibration inputs.
 
-    Q = quant(W)                                       by gptq or rtn, the same codes that are stored
+    Q = quant(W)                                       by gptq, rtn or lut, the same codes that are stored
     minimise  tr((W - Q - L R) M (W - Q - L R)^T)      over L [out, rank], R [rank, in]
 
     plain      M = I             the error of the weight: no data with quantizer=rtn
@@ -43,14 +43,18 @@ from compress.linalg.finite import all_finite
 from compress.linalg.low_rank import shifted
 from compress.linalg.quadratic import energy, fraction
 from compress.linalg.ranks import rounded_rank
-from compress.methods.base import Kept, Layer, LayerShape, Outcome, SiteMethod, SiteTask
+from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
 from compress.methods.gptq import GPTQ, GPTQConfig
-from compress.methods.rtn import RTN, RTNConfig, check_weight, quantized_spec
+from compress.methods.lut import LUT
+from compress.methods.rtn import RTN, check_weight
 from compress.methods.svd import SVD, SVDConfig
 from compress.modules.corrected import CorrectedLinear
 from compress.modules.corrected_spec import FACTORS, CorrectedSpec
 from compress.modules.quantized_spec import QuantizedSpec
+from compress.modules.spec import ModuleSpec
 
+LUT_BITS = 4
+OWN_MEANING = {"refit"}  # of lut: rounds of fitting its tables, and another thing here
 DOUBLE_FLOPS = 2.0  # what an operation in float64 takes, of one in float32
 DENSE_BITS = 16  # of a float: sizes are reckoned in models of 16 bits
 NOT_CALIBRATED = "NOT CALIBRATED: no calibration token reached this layer; its weight alone was rounded and corrected"
@@ -60,8 +64,9 @@ class LQERConfig(GPTQConfig):
     """Settings of what rounds, and of the correction."""
 
     clip: Literal["none", "mse"] = Field("mse", description="how ranges are found, as in gptq")
-    quantizer: Literal["gptq", "rtn"] = Field(
-        "gptq", description="what rounds; gptq's settings are of no effect with rtn"
+    quantizer: Literal["gptq", "rtn", "lut"] = Field(
+        "gptq",
+        description="what rounds; settings of gptq alone are of no effect with rtn, those of the grid are of none with lut",
     )
     rank: int = Field(16, ge=1, description="rank of the correction; at most the smaller side of the layer is used")
     bits_per_weight: float | None = Field(
@@ -87,19 +92,24 @@ class LQERConfig(GPTQConfig):
             )
         if self.refit and self.objective != "whitened":
             raise ValueError(f"refit={self.refit:g} needs objective=whitened, not {self.objective}")
+        if self.quantizer == "lut" and self.bits > LUT_BITS:
+            raise ValueError(f"quantizer=lut has tables for 2 to {LUT_BITS} bits, not {self.bits}")
         return self
 
     def turns(self) -> tuple[int, bool]:
         """How many roundings at most, and whether the low rank comes first."""
         return 1, False
 
-    def rounding(self, bits: int | None = None) -> tuple[type[SiteMethod], RTNConfig]:
-        """What rounds the weight; with `bits`, what rounds a factor: a scale per row."""
-        method, Config = (GPTQ, GPTQConfig) if self.quantizer == "gptq" else (RTN, RTNConfig)
-        fields = {name: getattr(self, name) for name in Config.model_fields}
+    def rounding(self, bits: int | None = None) -> tuple[type[SiteMethod], MethodConfig]:
+        """What rounds the weight; with `bits`, what rounds a factor: integers with a scale per row."""
+        method: type[SiteMethod] = RTN if self.quantizer == "rtn" else GPTQ
+        if self.quantizer == "lut" and bits is None:
+            method = LUT
+        names = (method.Config.model_fields.keys() & type(self).model_fields.keys()) - OWN_MEANING
+        fields = {name: getattr(self, name) for name in names}
         if bits is not None:
             fields |= {"bits": bits, "group_size": -1, "symmetric": True, "signed_scales": False}
-        return method, Config(**fields)
+        return method, method.Config(**fields)
 
 
 class LQER(SiteMethod):
@@ -112,7 +122,10 @@ class LQER(SiteMethod):
     def plan(cls, shape: LayerShape, config: LQERConfig) -> CorrectedSpec | Kept:
         if shape.kind != "linear":
             raise RecipeError(f"{shape.name}: {cls.name} is for linears, not for tables; leave it out of layers")
-        spec = _spec(shape, config, _rank(shape, config))
+        base = _base(shape, config)
+        if isinstance(base, Kept):
+            return base
+        spec = _spec(shape, config, base, _rank(shape, config, base))
         bits = bits_of(spec)
         if bits >= DENSE_BITS:
             return Kept(f"codes and a correction of rank {spec.rank} would take {bits:.1f} of 16 bits per weight")
@@ -120,7 +133,8 @@ class LQER(SiteMethod):
 
     @classmethod
     def in_multiple(cls, config: LQERConfig) -> int:
-        return max(config.group_size, 1)
+        method, rounding = config.rounding()
+        return method.in_multiple(rounding)
 
     @classmethod
     def fitted(cls, config: LQERConfig, multiple: int) -> LQERConfig:
@@ -190,7 +204,7 @@ class _Rounding:
     """A matrix to be rounded in the place of a layer, and what rounds it."""
 
     layer: Layer
-    how: tuple[type[SiteMethod], RTNConfig]
+    how: tuple[type[SiteMethod], MethodConfig]
     weight: Tensor
 
 
@@ -199,15 +213,20 @@ def bits_of(spec: CorrectedSpec) -> float:
     return 8 * spec.nbytes("BF16") / (spec.out_features * spec.in_features)
 
 
-def _spec(shape: LayerShape, config: LQERConfig, rank: int) -> CorrectedSpec:
+def _base(shape: LayerShape, config: LQERConfig) -> ModuleSpec | Kept:
+    method, rounding = config.rounding()
+    return method.plan(shape, rounding)
+
+
+def _spec(shape: LayerShape, config: LQERConfig, base: ModuleSpec, rank: int) -> CorrectedSpec:
     n, m = shape.in_features, shape.out_features
     right = left = None
     if config.factor_bits < DENSE_BITS:
         right, left = QuantizedSpec(n, rank, config.factor_bits, -1), QuantizedSpec(rank, m, config.factor_bits, -1)
-    return CorrectedSpec(n, m, rank, quantized_spec(shape, config), right, left)
+    return CorrectedSpec(n, m, rank, base, right, left)
 
 
-def _rank(shape: LayerShape, config: LQERConfig) -> int:
+def _rank(shape: LayerShape, config: LQERConfig, base: ModuleSpec) -> int:
     """Raises: RecipeError where none is possible, with what would make one."""
     most, multiple = min(shape.out_features, shape.in_features), config.rank_multiple
     if multiple > most:
@@ -217,7 +236,7 @@ def _rank(shape: LayerShape, config: LQERConfig) -> int:
         )
     if config.bits_per_weight is None:
         return rounded_rank(min(config.rank, most), multiple)
-    least = bits_of(_spec(shape, config, multiple))
+    least = bits_of(_spec(shape, config, base, multiple))
     if least > config.bits_per_weight:
         raise RecipeError(
             f"{shape.name}: bits_per_weight={config.bits_per_weight:g} leaves no room for a correction: codes, scales and rank "
@@ -226,14 +245,16 @@ def _rank(shape: LayerShape, config: LQERConfig) -> int:
     low, high = 1, most // multiple  # of multiples: the first fits
     while low < high:
         middle = (low + high + 1) // 2
-        fits = bits_of(_spec(shape, config, middle * multiple)) <= config.bits_per_weight
+        fits = bits_of(_spec(shape, config, base, middle * multiple)) <= config.bits_per_weight
         low, high = (middle, high) if fits else (low, middle - 1)
     return low * multiple
 
 
 def _pair_flops(shape: LayerShape, config: LQERConfig) -> float:
     """Of one pair, in operations of a float32 matrix product."""
-    out_features, in_features, rank = shape.out_features, shape.in_features, _rank(shape, config)
+    out_features, in_features, base = shape.out_features, shape.in_features, _base(shape, config)
+    assert not isinstance(base, Kept), f"{shape.name}: {base}"
+    rank = _rank(shape, config, base)
     if krylov.narrow(out_features, in_features, rank):
         return DOUBLE_FLOPS * krylov.flops(out_features, in_features, rank)
     return SVD.flops((shape,), SVDConfig())

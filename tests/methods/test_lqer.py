@@ -5,13 +5,16 @@ import torch
 from torch import Tensor
 
 from compress.calibration.statistics import SecondMoment, SiteStatistics
+from compress.checkpoint.stream import rebuild_module
 from compress.errors import NumericsError, RecipeError
 from compress.linalg.quadratic import energy
 from compress.methods.base import Kept, LayerShape, Outcome, SiteTask
 from compress.methods.gptq import GPTQ, GPTQConfig
 from compress.methods.lq_lora import LQLoRA, LQLoRAConfig
 from compress.methods.lqer import LQER, LQERConfig, bits_of
+from compress.methods.lut import LUT, LUTConfig
 from compress.methods.rtn import RTN, RTNConfig
+from compress.modules.spec import spec_from_dict
 from tests.methods.layers import compress, inputs, layer, statistics, weight
 
 OUT, IN, TOKENS = 48, 96, 400
@@ -125,6 +128,25 @@ def test_the_report_is_of_what_is_stored():
     assert outcome.report["rank"] == 6
 
 
+def test_tables_can_be_corrected_too():
+    matrix, x = weight(OUT, IN), inputs(TOKENS, IN)
+    config = LQERConfig(**GRID, rank=6, quantizer="lut", factor_bits=8)
+    outcome = compress(LQER, [layer("l", matrix, config, scale_dtype=torch.float32)], statistics(x))["l"]
+    alone = compress(
+        LUT, [layer("l", matrix, LUTConfig(bits=2, group_size=32), scale_dtype=torch.float32)], statistics(x)
+    )
+    assert outcome.module.spec == LQER.plan(SHAPE, config) and outcome.module.spec.base == alone["l"].module.spec
+    assert all(torch.equal(t, outcome.module.base.stored()[name]) for name, t in alone["l"].module.stored().items())
+    assert loss(matrix, outcome.module, x) < 0.8 * loss(matrix, alone["l"].module, x)
+    again = rebuild_module("l", outcome.module.spec, outcome.module.stored(), torch.float32)
+    assert spec_from_dict(outcome.module.spec.to_dict(), "here") == outcome.module.spec
+    assert torch.equal(again(x), outcome.module(x))
+    turned = compress(
+        LQLoRA, [layer("l", matrix, LQLoRAConfig(**dict(config)), scale_dtype=torch.float32)], statistics(x)
+    )
+    assert turned["l"].report["proxy_loss"] < outcome.report["proxy_loss"]
+
+
 def test_refit_comes_closer_to_what_the_original_computes():
     matrix, x = weight(OUT, IN), inputs(TOKENS, IN)
     original = x + 0.3 * inputs(TOKENS, IN, seed=5)
@@ -223,6 +245,7 @@ def test_sizes_that_do_not_fit_are_refused_with_what_does():
     [
         ({"gptaq": 0.25}, "use refit"),
         ({"refit": 0.5, "objective": "plain"}, "needs objective=whitened"),
+        ({"quantizer": "lut", "bits": 5}, "tables for 2 to 4 bits"),
         ({"factor_bits": 5}, "factor_bits"),
         ({"rank": 0}, "rank"),
         ({"rounds": 0}, "rounds"),
