@@ -131,11 +131,6 @@ CASES = [
         [{"lq_lora": {"bits": 3, "group_size": 32, "rank": 4, "rounds": 3, "factor_bits": 16, "refit": 0.5}}],
     ),
     Case(
-        "lq_lora_experts",
-        [{"lq_lora": {"bits": 3, "group_size": 32, "rank": 4, "rounds": 2, "factor_bits": 4, "objective": "diagonal"}}],
-        model="mixtral",
-    ),
-    Case(
         "lq_signround",
         [{"lq_signround": {"bits": 3, "group_size": 32, "rank": 4, "iterations": 2, "batch_rows": 2}}],
     ),
