@@ -55,6 +55,7 @@ def sizes(bits: int, measure: Measure) -> Iterator[str]:
     rows[f"`gptq`, groups of 32, `gptaq: {GPTAQ}`"] = gptq(bits, 32, gptaq=GPTAQ)
     rows["`lqer`, groups of 64, rank 8"] = corrected("lqer", bits, 8)
     rows["`lqer`, groups of 64, rank 8, `refit: 1`"] = corrected("lqer", bits, 8, refit=AIM)
+    rows["`lqer`, groups of 32, rank 1, `refit: 1`"] = corrected("lqer", bits, 1, 32, refit=AIM)  # what refit does
     for group, rank in RANKS:
         rows[f"`lq_lora`, groups of {group}, rank {rank}, `refit: 1`"] = corrected(
             "lq_lora", bits, rank, group, **TURNS, refit=AIM
