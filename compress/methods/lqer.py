@@ -166,6 +166,8 @@ class LQER(SiteMethod):
         cls, site: SiteTask, statistics: SiteStatistics | None, generator: torch.Generator
     ) -> dict[str, Outcome]:
         known = SiteStatistics.usable(statistics, f"{', '.join(layer.name for layer in site.layers)}: {cls.name}")
+        if known is not None and SecondMoment() not in known.values:  # nobody here asked for it
+            known = None
         works = [_started(layer, known, cls) for layer in site.layers]
         n_rounds = 0
         while turning := [work for work in works if not work.turns.finished]:

@@ -180,6 +180,9 @@ def test_layers_without_tokens_are_rounded_and_corrected_by_the_weight_alone():
     assert len(outcome.notes) == 1 and outcome.notes[0].startswith("NOT CALIBRATED")
     expected = corrected(matrix, None, quantizer="rtn", objective="plain")
     assert not expected.notes and torch.equal(outcome.module.dense(), expected.module.dense())
+    config = LQERConfig(**GRID, rank=6, factor_bits=16, quantizer="rtn", objective="plain")
+    unasked = compress(LQER, [layer("l", matrix, config, scale_dtype=torch.float32)], SiteStatistics(5, {}))["l"]
+    assert not unasked.notes and torch.equal(unasked.module.dense(), expected.module.dense())
     assert "loss" not in expected.report and expected.report["weight_error"] == pytest.approx(
         expected.report["proxy_loss"]
     )
