@@ -37,26 +37,21 @@ from torch import Tensor
 
 from compress.calibration.statistics import CrossMoment, Request, SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
-from compress.linalg import krylov
 from compress.linalg.correction import Alternation
 from compress.linalg.finite import all_finite
 from compress.linalg.low_rank import shifted
 from compress.linalg.quadratic import energy, fraction
-from compress.linalg.ranks import rounded_rank
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
 from compress.methods.gptq import GPTQ, GPTQConfig
+from compress.methods.lqer_sizes import DENSE_BITS, base_spec, bits_of, corrected_spec, pair_flops, rank_of
 from compress.methods.lut import LUT
 from compress.methods.rtn import RTN, check_weight
 from compress.methods.svd import SVD, SVDConfig
 from compress.modules.corrected import CorrectedLinear
 from compress.modules.corrected_spec import FACTORS, CorrectedSpec
-from compress.modules.quantized_spec import QuantizedSpec
-from compress.modules.spec import ModuleSpec
 
 LUT_BITS = 4
 OWN_MEANING = {"refit"}  # of lut: rounds of fitting its tables, and another thing here
-DOUBLE_FLOPS = 2.0  # what an operation in float64 takes, of one in float32
-DENSE_BITS = 16  # of a float: sizes are reckoned in models of 16 bits
 NOT_CALIBRATED = "NOT CALIBRATED: no calibration token reached this layer; its weight alone was rounded and corrected"
 
 
@@ -122,10 +117,10 @@ class LQER(SiteMethod):
     def plan(cls, shape: LayerShape, config: LQERConfig) -> CorrectedSpec | Kept:
         if shape.kind != "linear":
             raise RecipeError(f"{shape.name}: {cls.name} is for linears, not for tables; leave it out of layers")
-        base = _base(shape, config)
+        base = base_spec(shape, config)
         if isinstance(base, Kept):
             return base
-        spec = _spec(shape, config, base, _rank(shape, config, base))
+        spec = corrected_spec(shape, config, base, rank_of(shape, config, base))
         bits = bits_of(spec)
         if bits >= DENSE_BITS:
             return Kept(f"codes and a correction of rank {spec.rank} would take {bits:.1f} of 16 bits per weight")
@@ -159,7 +154,7 @@ class LQER(SiteMethod):
         method, rounding = config.rounding()
         rounds, low_rank_first = config.turns()
         n_rounded, n_decomposed = rounds + low_rank_first, rounds + 2 * low_rank_first
-        return n_rounded * method.flops(shapes, rounding) + n_decomposed * sum(_pair_flops(s, config) for s in shapes)
+        return n_rounded * method.flops(shapes, rounding) + n_decomposed * sum(pair_flops(s, config) for s in shapes)
 
     @classmethod
     def compress(
@@ -208,58 +203,6 @@ class _Rounding:
     layer: Layer
     how: tuple[type[SiteMethod], MethodConfig]
     weight: Tensor
-
-
-def bits_of(spec: CorrectedSpec) -> float:
-    """Bits per weight, floats of 16 bits."""
-    return 8 * spec.nbytes("BF16") / (spec.out_features * spec.in_features)
-
-
-def _base(shape: LayerShape, config: LQERConfig) -> ModuleSpec | Kept:
-    method, rounding = config.rounding()
-    return method.plan(shape, rounding)
-
-
-def _spec(shape: LayerShape, config: LQERConfig, base: ModuleSpec, rank: int) -> CorrectedSpec:
-    n, m = shape.in_features, shape.out_features
-    right = left = None
-    if config.factor_bits < DENSE_BITS:
-        right, left = QuantizedSpec(n, rank, config.factor_bits, -1), QuantizedSpec(rank, m, config.factor_bits, -1)
-    return CorrectedSpec(n, m, rank, base, right, left)
-
-
-def _rank(shape: LayerShape, config: LQERConfig, base: ModuleSpec) -> int:
-    """Raises: RecipeError where none is possible, with what would make one."""
-    most, multiple = min(shape.out_features, shape.in_features), config.rank_multiple
-    if multiple > most:
-        raise RecipeError(
-            f"{shape.name}: ranks must be multiples of {multiple}, and a {shape.out_features} x {shape.in_features} layer has "
-            f"none above {most}; use a smaller rank_multiple (or group_size in the step behind), or skip the layer"
-        )
-    if config.bits_per_weight is None:
-        return rounded_rank(min(config.rank, most), multiple)
-    least = bits_of(_spec(shape, config, base, multiple))
-    if least > config.bits_per_weight:
-        raise RecipeError(
-            f"{shape.name}: bits_per_weight={config.bits_per_weight:g} leaves no room for a correction: codes, scales and rank "
-            f"{multiple} take {least:.3f}; use at least that, fewer bits or larger groups"
-        )
-    low, high = 1, most // multiple  # of multiples: the first fits
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = bits_of(_spec(shape, config, base, middle * multiple)) <= config.bits_per_weight
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low * multiple
-
-
-def _pair_flops(shape: LayerShape, config: LQERConfig) -> float:
-    """Of one pair, in operations of a float32 matrix product."""
-    out_features, in_features, base = shape.out_features, shape.in_features, _base(shape, config)
-    assert not isinstance(base, Kept), f"{shape.name}: {base}"
-    rank = _rank(shape, config, base)
-    if krylov.narrow(out_features, in_features, rank):
-        return DOUBLE_FLOPS * krylov.flops(out_features, in_features, rank)
-    return SVD.flops((shape,), SVDConfig())
 
 
 def _started(layer: Layer, known: SiteStatistics | None, method: type[LQER]) -> _Work:

@@ -11,7 +11,8 @@ from compress.linalg.quadratic import energy
 from compress.methods.base import Kept, LayerShape, Outcome, SiteTask
 from compress.methods.gptq import GPTQ, GPTQConfig
 from compress.methods.lq_lora import LQLoRA, LQLoRAConfig
-from compress.methods.lqer import LQER, LQERConfig, bits_of
+from compress.methods.lqer import LQER, LQERConfig
+from compress.methods.lqer_sizes import bits_of
 from compress.methods.lut import LUT, LUTConfig
 from compress.methods.rtn import RTN, RTNConfig
 from compress.modules.spec import spec_from_dict
