@@ -11,10 +11,13 @@ Each row is a real run (`compress.run`) and its evaluation on held-out text. Pri
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from tables import Measure, Settings, parser, show
+
+from compress.errors import RecipeError
 
 GRID: Settings = {"signed_scales": True}
 FINER = {2: (64, 32, 16), 3: (64, 32), 4: (64, 32)}  # groups of gptq alone
@@ -40,8 +43,12 @@ def corrected(method: str, bits: int, rank: int, group: int = 64, factor_bits: i
 
 
 def lines(measure: Measure, rows: dict[str, Settings], by_size: bool = True) -> Iterator[str]:
-    """A line for each row: size, what of the rounding's error is left on the calibration inputs, perplexity / KL."""
-    found = {heading: measure(step) for heading, step in rows.items()}
+    """A line for each row: size, what of the rounding's error is left on the calibration inputs, perplexity / KL. Rows whose
+    groups do not divide the model's layers are left out."""
+    found = {}
+    for heading, step in rows.items():
+        with suppress(RecipeError):
+            found[heading] = measure(step)
     yield "| | bits per weight | all tensors | error left | perplexity / KL |"
     yield "|---" * 5 + "|"
     for heading, own in sorted(found.items(), key=lambda item: item[1]["total"] if by_size else 0):
