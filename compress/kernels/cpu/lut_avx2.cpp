@@ -8,6 +8,13 @@ struct Table {
 };
 CK_INLINE Table table_of(const float* f) { return {_mm256_load_ps(f), _mm256_load_ps(f + 8)}; }
 
+CK_INLINE __m256 to_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(int(0xffff0000))));
+}
+CK_INLINE Avx2::Floats to_bf16(Avx2::Floats v) { return {to_bf16(v.lo), to_bf16(v.hi)}; }
+
 template <int BITS>
 struct Codes {
   __m256i bytes[2], shifts[2];

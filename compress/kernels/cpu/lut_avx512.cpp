@@ -6,6 +6,12 @@ namespace {
 using Table = __m512;
 CK_INLINE Table table_of(const float* f) { return _mm512_load_ps(f); }
 
+CK_INLINE __m512 to_bf16(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(int(0xffff0000))));
+}
+
 template <int BITS>
 struct Codes {
   __m512i bytes, shifts;

@@ -1,6 +1,7 @@
 // The kernels of ck_lut_*, written once over the vectors of an instruction set (16 floats each). Before it is included:
 //   Table           16 values, a table of fewer repeated: bits of an index above those of a code do not matter
 //   table_of(f)     from floats
+//   to_bf16(v)      16 floats rounded to bfloat16, as floats; they are no NaN
 //   Codes<BITS>     made once; values(p, table): those of 16 codes that start at p, of which 8 bytes can be read
 //
 // A weight is the very number that the reference makes: with scales, table * scale is rounded to the dtype that they are stored
@@ -28,6 +29,7 @@ CK_INLINE void repeated(const void* from, int32_t dtype, float* to) {
 template <class P>
 CK_INLINE typename P::Floats rounded(typename P::Floats v, int32_t dtype) {
   if (dtype == CK_F32) return v;
+  if (dtype == CK_BF16) return to_bf16(v);
   alignas(64) char some[2 * LANES];
   P::store_as(some, dtype, v);
   return P::floats(static_cast<const void*>(some), dtype);

@@ -12,6 +12,11 @@ CK_INLINE Table table_of(const float* f) {
   return t;
 }
 
+CK_INLINE Portable::Floats to_bf16(Portable::Floats v) {
+  for (int i = 0; i < 16; i++) v.v[i] = float_of_bf16(bf16_of_float(v.v[i]));
+  return v;
+}
+
 template <int BITS>
 struct Codes {
   __attribute__((always_inline)) Portable::Floats values(const uint8_t* p, const Table& table) const {
