@@ -71,6 +71,7 @@ class Alternation(Generic[Kept]):
         """`rounds` >= 1: how many Q there are at most, quant(W) not counted where the low rank comes first."""
         self.weight, self.rank, self.moment = weight, rank, moment
         self.left = rounds + low_rank_first
+        self.by_turns = self.left > 1  # more than one rounding is allowed
         self.starts_low = low_rank_first
         self.target = weight
         self.losses: list[float] = []

@@ -6,6 +6,8 @@ What is minimised, what rounds and what is stored are those of `lqer` (compress/
 with `first: rounding`. The turns are not a descent; every Q is judged with its own best pair, and the best of all is stored
 (compress/linalg/correction.py). So the error is never more than that of `lqer`, as long as factors are not rounded.
 
+Factors in few bits: as many turns again with the pair as it is stored, so that the codes make good for what its bits cost.
+
 `first`: what begins. `low_rank` is LQ-LoRA: the strongest directions of W go into the pair, and what is left is rounded, on
 narrower ranges. `rounding` is LoftQ.
 

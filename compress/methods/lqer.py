@@ -37,7 +37,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import CrossMoment, Request, SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
-from compress.linalg.correction import Alternation
+from compress.linalg.correction import Alternation, Pair, best_pair
 from compress.linalg.finite import all_finite
 from compress.linalg.low_rank import shifted
 from compress.linalg.quadratic import energy, fraction
@@ -177,15 +177,15 @@ class LQER(SiteMethod):
                     f"{work.layer.name}: round {n_rounds}, {_left(work.turns):.3f} of the error of rounding alone"
                 )
         for work in works:
-            work.module = _module(work, cls.name)
-        for name in FACTORS:  # the left factor is fitted anew to what became of the right one
-            _round_factors(name, works, site, known, generator)
+            work.module, work.rounded = _module(work, work.turns.best, work.turns.kept, cls.name), work.turns.kept
+        _round_factors(works, site, known, generator)
+        _turn_as_stored([work for work in works if work.turns_as_stored], cls.name, site, known, generator)
         return {work.layer.name: _outcome(work, known) for work in works}
 
 
 @dataclass
 class _Work:
-    """A layer on its way. `target`: W, or W_s; `moment`: M; `module`: once the turns are over."""
+    """A layer on its way. `target`: W, or W_s; `moment`: M; `module`, and what `rounded` its base: once the turns are over."""
 
     layer: Layer
     target: Tensor
@@ -194,6 +194,17 @@ class _Work:
     notes: list[str]
     report: dict[str, float]
     module: CorrectedLinear | None = None
+    rounded: Outcome | None = None
+    more_rounds: int = 0  # with the pair as it is stored
+
+    @property
+    def turns_as_stored(self) -> bool:
+        return self.turns.by_turns and self.layer.config.factor_bits < DENSE_BITS
+
+    def loss(self) -> float:
+        """What was minimised, of the module as it is."""
+        assert self.module is not None
+        return _energy(self.target.float() - self.module.dense(torch.float32), self.moment)
 
 
 @dataclass(frozen=True)
@@ -260,46 +271,80 @@ def _rounded(
     return done
 
 
-def _module(work: _Work, method: str) -> CorrectedLinear:
-    """What the turns found, factors in the dtype in which floats are stored."""
-    layer, best = work.layer, work.turns.best
-    left, right = (factor.to(layer.scale_dtype) for factor in (best.left, best.right))
+def _module(work: _Work, pair: Pair, rounded: Outcome, method: str) -> CorrectedLinear:
+    """A base and a pair, which is in the dtype in which floats are stored."""
+    layer = work.layer
+    left, right = (factor.to(layer.scale_dtype) for factor in (pair.left, pair.right))
     if not (all_finite(left) and all_finite(right)):
         raise NumericsError(
             f"{layer.name}: {method}: its factors overflow {layer.scale_dtype}; store the result with model.dtype=float32"
         )
-    return CorrectedLinear.from_parts(work.turns.kept.module, left, right, layer.bias)
+    return CorrectedLinear.from_parts(rounded.module, left, right, layer.bias)
 
 
 def _round_factors(
-    name: str, works: Sequence[_Work], site: SiteTask, known: SiteStatistics | None, generator: torch.Generator
+    works: Sequence[_Work], site: SiteTask, known: SiteStatistics | None, generator: torch.Generator
 ) -> None:
+    """The pair in few bits, where it is stored so; the left factor is fitted anew to what becomes of the right one."""
     moment = None if known is None else known[SecondMoment()]
     for work in works:
         config: LQERConfig = work.layer.config
-        if config.factor_bits == DENSE_BITS:
-            continue
-        assert work.module is not None
-        leaf = work.module.leaves()[name]
-        inputs = None if known is None else known.mapped(leaf.input_map)
-        task = _Rounding(
-            replace(work.layer, name=f"{work.layer.name}.{name}"), config.rounding(config.factor_bits), leaf.weight
-        )
-        outcome = _rounded([task], site, inputs, generator)[task.layer.name]
-        work.module = work.module.with_leaf(name, outcome.module, moment)
+        for name in FACTORS if config.factor_bits < DENSE_BITS else ():
+            assert work.module is not None
+            leaf = work.module.leaves()[name]
+            inputs = None if known is None else known.mapped(leaf.input_map)
+            part = replace(work.layer, name=f"{work.layer.name}.{name}")
+            task = _Rounding(part, config.rounding(config.factor_bits), leaf.weight)
+            outcome = _rounded([task], site, inputs, generator)[part.name]
+            work.module = work.module.with_leaf(name, outcome.module, moment)
+
+
+def _turn_as_stored(
+    works: Sequence[_Work], method: str, site: SiteTask, known: SiteStatistics | None, generator: torch.Generator
+) -> None:
+    """Turns with the pair as it is stored: what its few bits cost, the codes make good for, then the pair anew. They end where
+    nothing is gained."""
+    for _ in range(max((work.layer.config.turns()[0] for work in works), default=0)):
+        tasks = []
+        for work in works:
+            assert work.module is not None
+            rest = work.target.float() - work.module.correction()
+            tasks.append(_Rounding(work.layer, work.layer.config.rounding(), rest))
+        done = _rounded(tasks, site, known, generator, site.continuous)
+        gained = []
+        for work in works:
+            before, rounded = (work.loss(), work.module, work.rounded), done[work.layer.name]
+            work.more_rounds += 1
+            assert work.module is not None
+            parts = (rounded.module, work.module.right, work.module.left)
+            work.module, work.rounded = CorrectedLinear(work.module.spec, *parts, bias=work.layer.bias), rounded
+            between = work.loss(), work.module
+            with _naming(work.layer.name, method):
+                pair = best_pair(work.target - rounded.module.dense(torch.float32), work.module.spec.rank, work.moment)
+            work.module = _module(work, pair, rounded, method)
+            _round_factors([work], site, known, generator)
+            if between[0] < work.loss():
+                work.module = between[1]
+            if work.loss() < before[0]:
+                gained.append(work)
+            else:
+                _, work.module, work.rounded = before
+        works = gained
+        if not works:
+            return
 
 
 def _outcome(work: _Work, known: SiteStatistics | None) -> Outcome:
     """Report, of the layer as stored: `proxy_loss`, what was minimised, as a fraction of what no weights at all would give, and
     `proxy_loss_start`, that of rounding alone; `loss`, the mean over tokens of |W x - W' x|^2; `relative_error`, that over the
     mean of |W x|^2; `weight_error`; `rounds`, how many roundings there were."""
-    assert work.module is not None
+    assert work.module is not None and work.rounded is not None
     difference = work.target.float() - work.module.dense(torch.float32)
     total = _energy(work.target.float(), work.moment)
     report = work.report | {
         "proxy_loss": fraction(_energy(difference, work.moment), total),
         "proxy_loss_start": fraction(work.turns.alone, total),
-        "rounds": float(len(work.turns.losses)),
+        "rounds": float(len(work.turns.losses) + work.more_rounds),
         "weight_error": fraction(
             energy(work.layer.weight - work.module.dense(torch.float32), None), energy(work.layer.weight, None)
         ),
@@ -311,8 +356,8 @@ def _outcome(work: _Work, known: SiteStatistics | None) -> Outcome:
         report["loss"] = loss / known.n_tokens
         report["relative_error"] = fraction(loss, energy(work.target.float(), hessian))
         report["n_tokens"] = float(known.n_tokens)
-        notes += work.turns.kept.notes
-    return Outcome(work.module, report, notes, continuous=work.turns.kept.continuous)
+        notes += work.rounded.notes
+    return Outcome(work.module, report, notes, continuous=work.rounded.continuous)
 
 
 def _energy(matrix: Tensor, moment: Tensor | None) -> float:

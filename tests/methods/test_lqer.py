@@ -96,6 +96,21 @@ def test_one_round_of_loftq_is_lqer_bit_for_bit():
     assert all(torch.equal(t, once.module.stored()[name]) for name, t in turned.module.stored().items())
 
 
+def test_codes_make_good_for_the_few_bits_of_the_pair(monkeypatch):
+    """A pair of the weight's own strongest directions, in 4 bits: rounded behind it, the codes take up what that costs."""
+    matrix = weight(OUT, IN) + weight(OUT, 4) @ weight(4, IN) / 0.02
+    x = inputs(TOKENS, IN)
+    settings = {"factor_bits": 4, "first": "low_rank", "rounds": 2}
+    found = corrected(matrix, x, LQLoRA, **settings)
+    monkeypatch.setattr("compress.methods.lqer._turn_as_stored", lambda *_: None)
+    before = corrected(matrix, x, LQLoRA, **settings)
+    assert found.report["proxy_loss"] < 0.95 * before.report["proxy_loss"]
+    assert found.report["rounds"] > before.report["rounds"]
+    assert found.report["proxy_loss"] == pytest.approx(
+        loss(matrix, found.module, x) / energy(matrix, x.T @ x), rel=1e-4
+    )
+
+
 def test_alternation_pays_with_gptq_inside():
     matrix, x = weight(OUT, IN), inputs(TOKENS, IN)
     once = corrected(matrix, x).report["proxy_loss"]
