@@ -21,7 +21,11 @@ from compress.errors import RecipeError
 
 GRID: Settings = {"signed_scales": True}
 FINER = {2: (64, 32, 16), 3: (64, 32), 4: (64, 32)}  # groups of gptq alone
-RANKS = ((64, 4), (64, 8), (64, 16), (128, 16))  # groups and ranks of lq_lora
+RANKS = {
+    2: ((64, 4), (64, 8), (64, 16), (128, 16)),
+    3: ((64, 8), (64, 16)),
+    4: ((64, 8),),
+}  # groups and ranks of lq_lora
 TURNS: Settings = {"first": "low_rank", "rounds": 3}
 AIM = 1.0  # refit
 GPTAQ = 0.5  # of gptq alone, to the same end
@@ -63,7 +67,7 @@ def sizes(bits: int, measure: Measure) -> Iterator[str]:
     rows["`lqer`, groups of 64, rank 8"] = corrected("lqer", bits, 8)
     rows["`lqer`, groups of 64, rank 8, `refit: 1`"] = corrected("lqer", bits, 8, refit=AIM)
     rows["`lqer`, groups of 32, rank 1, `refit: 1`"] = corrected("lqer", bits, 1, 32, refit=AIM)  # what refit does
-    for group, rank in RANKS:
+    for group, rank in RANKS[bits]:
         rows[f"`lq_lora`, groups of {group}, rank {rank}, `refit: 1`"] = corrected(
             "lq_lora", bits, rank, group, **TURNS, refit=AIM
         )
