@@ -64,8 +64,9 @@ def lines(measure: Measure, what: dict[str, list[Settings]]) -> Iterator[str]:
     """A line for each heading: for each of BITS its bits per weight and perplexity / KL."""
     yield "| | " + " | ".join(f"{bits} bits" for bits in BITS) + " |"
     yield "|---" * (1 + len(BITS)) + "|"
-    for heading, steps in what.items():
-        found = [measure(each) for each in steps]
+    known = {heading: [measure(each) for each in steps] for heading, steps in reversed(what.items())}
+    for heading in what:
+        found = known[heading]
         yield f"| {heading} | " + " | ".join(f"{each['bits']:.2f}: {each['cell']}" for each in found) + " |"
 
 

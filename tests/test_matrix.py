@@ -46,17 +46,12 @@ CASES = [
     Case("with_head", [{"gptq": {"bits": 4, "group_size": 32}, "layers": ["*_proj", "lm_head"]}], model="llama"),
     Case("conv1d", [{"gptq": {"bits": 4, "group_size": 32}}], model="gpt2"),
     Case("experts", [{"gptq": {"bits": 4, "group_size": 32}}], model="mixtral"),
-    Case("lut", [{"lut": {"bits": 3, "group_size": 32, "refit": 1}}]),
+    Case("lut", [{"lut": {"bits": 3, "group_size": 32, "refit": 1, "match": 0.5}}]),
     Case(
         "lut_rows_conv1d_head",
         [{"lut": {"bits": 2, "refit": 1}, "layers": ["*.c_*", "lm_head"]}],
         model="gpt2",
         kl=0.8,
-    ),
-    Case(
-        "lut_normal_float_experts",
-        [{"lut": {"table": "normal_float", "group_size": 32, "refit": 0, "order": "gar", "static_groups": False}}],
-        model="mixtral",
     ),
     Case(
         "svd_then_lut",

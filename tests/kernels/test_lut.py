@@ -25,7 +25,7 @@ def problem(rows: int, columns: int, bits: int, group_size: int, dtype: torch.dt
     return pack(codes, bits), table, scale, torch.randn(rows, generator=generator).to(dtype)
 
 
-SHAPES = [(1, 16, 16), (7, 48, 16), (33, 100, 100), (18, 100, 0), (5, 3, 0), (37, 256, 64), (64, 288, 96)]
+SHAPES = [(1, 16, 16), (33, 100, 100), (18, 100, 0), (5, 3, 0), (38, 288, 96)]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -36,7 +36,7 @@ def test_weights_are_those_of_the_reference_and_products_those_of_float64(bits, 
         packed, table, scale, bias = problem(rows, columns, bits, group_size, dtype)
         weight = torch.cat([tile for _, tile in lut_rows(packed, table, scale, bits, columns)])
         lut = Lut.of(packed, table, scale, bits, columns)
-        for tokens in (1, 2, 3, 4, 6, FEW + 1):
+        for tokens in (1, 2, 3, 6, FEW + 1):
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
             with native.using_isa(isa):
                 assert torch.equal(expanded(lut, dtype), weight)

@@ -77,8 +77,8 @@ def test_gradients_are_those_of_the_dense_weight(group_size):
     x, other = (random(3, IN, seed=4).requires_grad_() for _ in range(2))
     m(x).square().sum().backward()
     functional.linear(other, m.dense(), m.bias.detach()).square().sum().backward()
-    torch.testing.assert_close(x.grad, other.grad)
-    torch.testing.assert_close(m.bias.grad, 2 * m(x).sum(0).detach())
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-4)  # sums are added in another order
+    torch.testing.assert_close(m.bias.grad, 2 * m(x).sum(0).detach(), rtol=1e-4, atol=1e-4)
 
 
 @every_kind
