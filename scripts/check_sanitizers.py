@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package beside this script, installed or not
+
 from compress.kernels.build import BuildError, build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +24,7 @@ TESTS = [
     f"tests/kernels/test_{name}.py"
     for name in ("packed", "bfloat16_linear", "rows", "sparse", "lut", "token", "sign_planes", "transform", "roofline")
 ]
-TRACING = "not opcheck and not compiles"  # they trace Python, which takes minutes here, and run no other kernel
+TRACING = "not opcheck and not compiles and not good_citizens"  # they trace Python, for minutes, and run no other kernel
 
 
 def runtime(name: str) -> str:

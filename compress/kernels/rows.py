@@ -15,7 +15,7 @@ from compress.kernels import native
 from compress.kernels.position_layout import position_layout
 
 FEW = 12  # tokens: from about there on, expanding the weight for a product in torch is quicker
-FEW_HALVES = 32  # the same of bfloat16 on AVX-512 BF16, where rows are spread into the cache once for all tokens
+FEW_HALVES = 128  # the same of bfloat16 on AVX-512 BF16, where rows are spread into the cache once for all tokens
 KINDS = {"dense": 0, "bits": 1, "indices": 2}  # CK_ROWS_*
 
 
