@@ -14,7 +14,7 @@ in steps, of which each may be left out:
     tables   Scales and k-means minimise sum_i h_i (w_i - w'_i)^2 with h the diagonal of H, the mean square of each input
              (compress/linalg/lookup.py, kmeans.py). SqueezeLLM takes the diagonal of the Fisher information, the mean of
              (dLoss/dw)^2, which needs a backward pass through the model for every calibration row; our statistics are of
-             inputs only. Unweighted k-means loses far more at 3 bits and below; it is there for comparison.
+             inputs only.
     codes    GPTQ's column loop with the nearest value of the table in place of the nearest integer
              (compress/linalg/error_feedback.py).
     refit    Alternate: values (of tables per row) or scales by least squares on all of H, at most 16 unknowns or one per group
