@@ -48,7 +48,8 @@ from compress.linalg.error_feedback import round_columns
 from compress.linalg.grid import Grid
 from compress.linalg.order import act_order, group_aware_order
 from compress.linalg.quadratic import row_energy
-from compress.methods.base import Layer, LayerShape, Outcome, SiteMethod, SiteTask
+from compress.methods.base import Layer, LayerShape, Outcome, SiteTask
+from compress.methods.bit_widths import MixedWidths
 from compress.methods.rtn import RTNConfig, check_weight, grid_rule, quantized_module, quantized_spec, round_layer
 from compress.modules.quantized_spec import QuantizedSpec
 
@@ -83,7 +84,7 @@ class GPTQConfig(RTNConfig):
         return self
 
 
-class GPTQ(SiteMethod):
+class GPTQ(MixedWidths):
     name = "gptq"
     summary = "second-order rounding with error feedback: integer weights of 2 to 8 bits"
     Config = GPTQConfig

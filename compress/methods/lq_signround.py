@@ -25,6 +25,7 @@ from compress.errors import NumericsError
 from compress.linalg.grid import Grid
 from compress.linalg.learned_rounding import FACTOR_RANGE, Start, learned_codes, learned_grid
 from compress.methods.base import Kept, LayerShape, MethodConfig, Outcome, SiteMethod, shared
+from compress.methods.bit_widths import MixedWidths
 from compress.methods.block import BlockMethod, Learned, WindowTask
 from compress.methods.block_learning import Figures, LearnedLinear, Schedule, learn_signs, squared_error
 from compress.methods.lq_lora import LQLoRA, LQLoRAConfig
@@ -71,7 +72,7 @@ class LQSignRoundConfig(LQLoRAConfig):
         return Schedule(self.iterations, lr, range_lr, self.batch_rows, self.inputs == "original", self.half)
 
 
-class LQSignRound(BlockMethod):
+class LQSignRound(MixedWidths, BlockMethod):
     name = "lq_signround"
     summary = "integer weights and a low-rank correction, both learned block by block"
     Config = LQSignRoundConfig

@@ -42,6 +42,7 @@ from compress.linalg.finite import all_finite
 from compress.linalg.low_rank import shifted
 from compress.linalg.quadratic import energy, fraction
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
+from compress.methods.bit_widths import MixedWidths
 from compress.methods.gptq import GPTQ, GPTQConfig
 from compress.methods.lqer_sizes import DENSE_BITS, base_spec, bits_of, corrected_spec, pair_flops, rank_of
 from compress.methods.lut import LUT
@@ -101,13 +102,13 @@ class LQERConfig(GPTQConfig):
         if self.quantizer == "lut" and bits is None:
             method = LUT
         names = (method.Config.model_fields.keys() & type(self).model_fields.keys()) - OWN_MEANING
-        fields = {name: getattr(self, name) for name in names}
+        fields = {name: getattr(self, name) for name in names if name != "widths"}  # settled for the whole
         if bits is not None:
             fields |= {"bits": bits, "group_size": -1, "symmetric": True, "signed_scales": False}
         return method, method.Config(**fields)
 
 
-class LQER(SiteMethod):
+class LQER(MixedWidths):
     name = "lqer"
     summary = "integer weights of 2 to 8 bits and a low-rank correction of their error on the calibration inputs"
     Config = LQERConfig

@@ -10,16 +10,17 @@ inputs.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from compress.calibration.statistics import SiteStatistics
+from compress.calibration.statistics import Request, SecondMoment, SiteStatistics
 from compress.errors import NumericsError, RecipeError
 from compress.linalg.grid import Grid, GridRule, fit_grid
-from compress.methods.base import Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
+from compress.methods.base import Layer, LayerShape, MethodConfig, Outcome, SiteTask
+from compress.methods.bit_widths import MixedWidths
 from compress.modules.quantized import QuantizedModule
 from compress.modules.quantized_spec import QuantizedSpec
 
@@ -43,6 +44,16 @@ class RTNConfig(MethodConfig):
         "weight is; same bytes, less error at 2 and 3 bits",
     )
 
+    widths: tuple[Annotated[int, Field(ge=2, le=8)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="bits that each layer may have, chosen where they lower the loss most at the bytes of `bits` for all; looks "
+        "at the whole model first",
+    )
+    together: bool = Field(
+        True, description="of widths: layers that share their input have one, as servers that fuse them need it"
+    )
+
     @model_validator(mode="after")
     def _signs_only_where_symmetric(self) -> RTNConfig:
         if self.signed_scales and not self.symmetric:
@@ -59,7 +70,7 @@ class RTNConfig(MethodConfig):
         return group_size
 
 
-class RTN(SiteMethod):
+class RTN(MixedWidths):
     name = "rtn"
     summary = "round to nearest: integer weights of 2 to 8 bits, no data needed"
     Config = RTNConfig
@@ -72,6 +83,10 @@ class RTN(SiteMethod):
     @classmethod
     def in_multiple(cls, config: RTNConfig) -> int:
         return max(config.group_size, 1)
+
+    @classmethod
+    def statistics(cls, config: RTNConfig) -> tuple[Request, ...]:
+        return (SecondMoment(),) if cls.observes(config) else ()
 
     @classmethod
     def compress(

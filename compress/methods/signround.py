@@ -29,11 +29,12 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from compress.calibration.statistics import Request
+from compress.calibration.statistics import Request, SecondMoment
 from compress.errors import NumericsError
 from compress.linalg.grid import Grid
 from compress.linalg.learned_rounding import Start, learned_codes, learned_grid
 from compress.methods.base import Layer, LayerShape, MethodConfig, Outcome, SiteMethod, shared
+from compress.methods.bit_widths import MixedWidths
 from compress.methods.block import BlockMethod, Learned, WindowTask
 from compress.methods.block_learning import (
     Figures,
@@ -95,7 +96,7 @@ class SignRoundConfig(GPTQConfig):
         return Schedule(self.iterations, lr, range_lr, self.batch_rows, original, self.half)
 
 
-class SignRound(BlockMethod):
+class SignRound(MixedWidths, BlockMethod):
     name = "signround"
     summary = "learned rounding and ranges, block by block: integer weights of 2 to 8 bits, better than gptq below 4"
     Config = SignRoundConfig
@@ -104,6 +105,10 @@ class SignRound(BlockMethod):
     def start(cls, config: SignRoundConfig) -> tuple[type[SiteMethod], MethodConfig]:
         if config.start == "rtn":
             return RTN, RTNConfig(**{name: getattr(config, name) for name in RTNConfig.model_fields})
+        return GPTQ, GPTQConfig(**{name: getattr(config, name) for name in GPTQConfig.model_fields})
+
+    @classmethod
+    def probe(cls, config: SignRoundConfig) -> tuple[type[SiteMethod], MethodConfig]:
         return GPTQ, GPTQConfig(**{name: getattr(config, name) for name in GPTQConfig.model_fields})
 
     @classmethod
@@ -119,6 +124,8 @@ class SignRound(BlockMethod):
 
     @classmethod
     def statistics(cls, config: SignRoundConfig) -> tuple[Request, ...]:
+        if cls.observes(config):
+            return (SecondMoment(),)
         method, first = cls.start(config)
         return method.statistics(first)
 
