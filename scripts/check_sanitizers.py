@@ -24,7 +24,8 @@ TESTS = [
     f"tests/kernels/test_{name}.py"
     for name in ("packed", "bfloat16_linear", "rows", "sparse", "lut", "token", "sign_planes", "transform", "roofline")
 ]
-TRACING = "not opcheck and not compiles and not good_citizens"  # they trace Python, for minutes, and run no other kernel
+# Those trace Python, for minutes, and run no other kernel.
+TRACING = "not opcheck and not compiles and not good_citizens"
 
 
 def runtime(name: str) -> str:
