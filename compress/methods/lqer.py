@@ -86,6 +86,10 @@ class LQERConfig(GPTQConfig):
             raise ValueError(
                 "gptaq belongs to gptq alone; drop it, or use refit, which rounds and corrects to that end"
             )
+        if self.widths is not None:
+            raise ValueError(
+                "widths is not there beside a correction; drop it, and give layers their bits by overrides"
+            )
         if self.refit and self.objective != "whitened":
             raise ValueError(f"refit={self.refit:g} needs objective=whitened, not {self.objective}")
         if self.quantizer == "lut" and self.bits > LUT_BITS:

@@ -265,6 +265,7 @@ def test_sizes_that_do_not_fit_are_refused_with_what_does():
         ({"gptaq": 0.25}, "use refit"),
         ({"refit": 0.5, "objective": "plain"}, "needs objective=whitened"),
         ({"quantizer": "lut", "bits": 5}, "tables for 2 to 4 bits"),
+        ({"widths": [2, 3], "bits": 2}, "by overrides"),
         ({"factor_bits": 5}, "factor_bits"),
         ({"rank": 0}, "rank"),
         ({"rounds": 0}, "rounds"),
