@@ -92,6 +92,14 @@ def short(planned: Plan) -> Any:
         steps = "; then ".join(f"{step.method.name} on {len(step.configs)} layers" for step in stage) or "nothing else"
         data = ", calibrated" if any(step.needs_data for step in stage) else ", without data"
         rows.append((f"stage {number + 1} of {len(planned.stages)}", f"one pass over the blocks: {steps}{data}"))
+    if planned.tuning is not None:
+        tuning = planned.tuning
+        rows.append(
+            (
+                "tuned",
+                f"{tuning.method.name}: {tuning.iterations} iterations of {tuning.rows} rows, over the whole model",
+            )
+        )
     if planned.needs_data:
         calibration = planned.recipe.calibration
         data = ", ".join(calibration.data or ())

@@ -41,7 +41,7 @@ def print_report(
         out(f"{folder} was complete already: nothing was done. Its report:\n")
     show(table(("", ">before", ">after", ">after / before", ""), [*_sizes(report), *_quality(report)]))
     out("")
-    show(pairs([*_rewritten(report), *_fidelity(report), *_costs(report), *_places(report, folder)]))
+    show(pairs([*_rewritten(report), *_tuning(report), *_fidelity(report), *_costs(report), *_places(report, folder)]))
     recorded = [f"{layer['name']}: {n}" for layer in report["layers"] for n in layer["figures"].get("notes", ())]
     said = once_each([f"warning: {w}" for w in report["warnings"]] + [f"note: {n}" for n in [*notes, *recorded]])
     for line in said:
@@ -68,6 +68,17 @@ def _sizes(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _rewritten(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [("rewritten", f"{step['method']}: {step['note']}") for step in report.get("rewrites", ())]
+
+
+def _tuning(report: dict[str, Any]) -> list[tuple[str, str]]:
+    tuning = report.get("tuning")
+    if not tuning:
+        return []
+    figures = tuning["figures"]
+    if not figures.get("kept"):
+        return [("tuned", f"{tuning['method']}: nothing better was found; as it was before")]
+    change = f"{figures['divergence_start']:.5f} -> {figures['divergence']:.5f}"
+    return [("tuned", f"{tuning['method']}: KL of rows set aside {change}, {tuning['iterations']} iterations")]
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:

@@ -68,6 +68,23 @@ class LUTLinear(LinearOfTensors):
             x, self.weight_packed, self.weight_table, self.weight_scale, self.bias, spec.bits, spec.in_features
         )
 
+    def tunable(self) -> dict[str, Tensor]:
+        found = {"weight_table": self.weight_table}
+        return found if self.weight_scale is None else {**found, "weight_scale": self.weight_scale}
+
+    def tuning_gradients(self, by_weight: Tensor) -> dict[str, Tensor]:
+        """Of each scale: the sum over its group of the gradient times the table's value; of each value: the sum over the weights
+        that have its code, of the gradient times their scales."""
+        spec, table, codes = self.spec, self.weight_table.float(), self.codes().long()
+        if self.weight_scale is None:
+            return {"weight_table": torch.zeros_like(table).scatter_add_(1, codes, by_weight.float())}
+        groups = (spec.n_groups, -1)
+        scale = self.weight_scale.float().unsqueeze(-1)
+        felt = (by_weight.float().unflatten(1, groups) * scale).flatten()
+        by_scale = (by_weight.float() * table[codes]).unflatten(1, groups).sum(-1)
+        by_table = torch.zeros_like(table).scatter_add_(0, codes.flatten(), felt)
+        return {"weight_table": by_table, "weight_scale": by_scale}
+
     def extra_repr(self) -> str:
         spec = self.spec
         group = {0: "a table per row", -1: "one table, a scale per row"}.get(

@@ -44,7 +44,8 @@ def model_card(
     title = repo.split("/")[-1] if repo else f"{base.get('title', 'a model')}, compressed"
     linked = f"[{base['id']}](https://huggingface.co/{base['id']})" if base.get("id") else str(base.get("title"))
     rewrites = [step["method"] for step in report.get("rewrites", ())]
-    methods = [*rewrites, *sorted({layer["method"] for layer in report["layers"]})]
+    tuning = [report["tuning"]["method"]] if report.get("tuning") else []
+    methods = [*rewrites, *sorted({layer["method"] for layer in report["layers"]}), *tuning]
     front = yaml.safe_dump(_front(report, base_fields, methods), sort_keys=False, allow_unicode=True).strip()
     parts = [
         f"---\n{front}\n---",

@@ -52,6 +52,8 @@ def head(sheet: Sheet) -> str:
         done = [str(step["method"]) for step in f.get("rewrites") or ()]
         if listed:
             done.append(f"{' and '.join(sorted({str(layer['method']) for layer in listed}))} on {len(listed)} layers")
+        if f.get("tuning"):
+            done.append(f"{f.get('tuning/method')} on the whole")
         said = (
             f"{f('n_blocks', 'count')} decoder blocks ({f.text('family')}), {escape(', then '.join(done) or 'copied')}, stored "
             f"as {f.text('format')}"

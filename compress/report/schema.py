@@ -233,6 +233,17 @@ class StepOfRewriting(Part):
     figures: dict[str, Any] = Field(description="what was found by looking at the model first")
 
 
+class Tuning(Part):
+    """The step that tuned the finished model."""
+
+    step: int
+    method: str
+    iterations: int
+    figures: dict[str, float] = Field(
+        description="divergence from the original on rows set aside, before and after; kept: 1 if the tuned values are stored"
+    )
+
+
 class Base(Part):
     """What may be said of the original in public."""
 
@@ -270,6 +281,7 @@ class RunReport(Frame):
     n_blocks: int
     rewrites: list[StepOfRewriting] = Field([], description="steps that rewrote the whole model first")
     stages: list[list[StepOfStage]]
+    tuning: Tuning | None = Field(None, description="of a result that was tuned as a whole")
     format: str
     format_reason: str
     symmetric: bool

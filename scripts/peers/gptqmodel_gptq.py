@@ -1,4 +1,4 @@
-"""GPTQ by GPTQModel, in its own environment. Run by scripts/bench_peers_gptq.py."""
+"""GPTQ by GPTQModel, in its own environment. Run by scripts/bench_peers_gptq.py and scripts/bench_quality.py."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", type=Path, required=True, help="JSON: token ids by row")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--damping", type=float)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     rows = json.loads(options.rows.read_text())
     settings = QuantizeConfig(
-        bits=4, group_size=128, sym=True, device="cpu",
+        bits=options.bits, group_size=options.group_size, sym=True, device="cpu",
         **({} if options.damping is None else {"damp_percent": options.damping}),
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(options.model)

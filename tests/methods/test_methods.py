@@ -10,12 +10,13 @@ from compress import methods
 from compress.errors import RecipeError
 from compress.methods.base import MethodConfig, SiteMethod
 from compress.methods.rewrite import ModelMethod
+from compress.methods.tuning import TuningMethod
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_is_where_the_table_says(name):
     method = methods.find(name)
-    assert issubclass(method, (SiteMethod, ModelMethod))
+    assert issubclass(method, (SiteMethod, ModelMethod, TuningMethod))
     assert method.name == name
     assert method.summary
     assert issubclass(method.Config, MethodConfig)
