@@ -31,6 +31,7 @@ from compress.recipe import Evaluation, Recipe
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent / "recipes"
+OURS = {"compress": "best", "compress, standard format": "signround"}  # recipes: NAME-4bit and so on
 KINDS = {4: "q4_K", 3: "q3_K", 2: "q2_K"}
 GROUP = 64
 TARGET = 0.8  # of the best of the others
@@ -64,18 +65,16 @@ def main() -> None:
     print("| bits | tool | bits per weight | perplexity | KL | our KL / its | CPU s | peak MB |")
     print("|--:|---|--:|--:|--:|--:|--:|--:|")
     for bits in asked.bits:
-        ours = result_of(asked, "compress", bits, model, rows)
-        found = {"compress": ours}
-        for name in tools(asked):
-            found[name] = result_of(asked, name, bits, model, rows)
+        found = {name: result_of(asked, name, bits, model, rows) for name in (*OURS, *tools(asked))}
+        ours = found["compress"]
         for name, figures in found.items():
-            ratio = "" if name == "compress" else f"{ours['kl'] / figures['kl']:.2f}"
+            ratio = "" if name in OURS else f"{ours['kl'] / figures['kl']:.2f}"
             print(
                 f"| {bits} | {name} | {figures['bits']:.2f} | {figures['perplexity']:.2f} | {figures['kl']:.5f} | {ratio} "
                 f"| {figures['cpu_s']:.0f} | {figures['peak'] / 1e6:.0f} |",
                 flush=True,
             )
-        others = [figures["kl"] for name, figures in found.items() if name != "compress"]
+        others = [figures["kl"] for name, figures in found.items() if name not in OURS]
         if others:
             worst = ours["kl"] / min(others)
             said = "met" if worst <= TARGET else "not met"
@@ -121,9 +120,9 @@ def command(asked: argparse.Namespace, name: str, bits: int, model: Path, rows: 
     peers = HERE / "peers"
     to: list[str | Path] = ["--model", model, "--rows", rows, "--out", out]
     grid: list[str | Path] = ["--bits", str(bits), "--group-size", str(GROUP)]
-    if name == "compress":
-        file = asked.work / f"recipe-{bits}.yaml"
-        file.write_text(recipe_of(asked, bits).to_yaml())
+    if name in OURS:
+        file = asked.work / f"recipe-{OURS[name]}-{bits}.yaml"
+        file.write_text(recipe_of(asked, bits, OURS[name]).to_yaml())
         return [sys.executable, peers / "compress_cli.py", "run", "--quiet", "--recipe", file, "--out", out]
     if name.startswith("auto-round"):
         iterations = name.split()[1]
@@ -141,7 +140,7 @@ def command(asked: argparse.Namespace, name: str, bits: int, model: Path, rows: 
 
 def bits_of(name: str, bits: int, output: Path, out: Path) -> float:
     """Bits per weight of the linears: codes, and what each tool stores beside them for a group."""
-    if name == "compress":
+    if name in OURS:
         return float(json.loads((out / "compress_report.json").read_text())["bits_per_weight"])
     if name == "K-quants":
         tagged = [x for x in output.read_text(errors="replace").splitlines() if x.startswith("SETTINGS ")]
@@ -150,9 +149,9 @@ def bits_of(name: str, bits: int, output: Path, out: Path) -> float:
     return bits + zero_and_scale / GROUP
 
 
-def recipe_of(asked: argparse.Namespace, bits: int) -> Recipe:
+def recipe_of(asked: argparse.Namespace, bits: int, name: str = "best") -> Recipe:
     """The recipe that ships, on this model and these texts, without an evaluation of its own."""
-    content = Recipe.load(RECIPES / f"best-{bits}bit.yaml").to_dict()
+    content = Recipe.load(RECIPES / f"{name}-{bits}bit.yaml").to_dict()
     content |= {
         "model": {"path": asked.model},
         "calibration": {

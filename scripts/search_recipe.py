@@ -1,4 +1,4 @@
-"""The search behind recipes/best-*bit.yaml: what each part adds at 4, 3 and 2 bits, at the same bytes.
+"""The search behind recipes/best-*bit.yaml and signround-*bit.yaml: what each part adds at 4, 3 and 2 bits, at the same bytes.
 
 Every row is a recipe in groups of 64 with signed scales, every cell a real run and its evaluation on held-out text, perplexity /
 KL to the original; the best of a column is set in bold. Prints Markdown:
@@ -28,12 +28,15 @@ def tuned(bits: int, **settings: Any) -> Settings:
 def candidates(bits: int) -> dict[str, list[Settings]]:
     """Heading -> steps."""
     grid = {"bits": bits, **GRID}
-    learned = {"signround": grid}
+    learned, table = {"signround": grid}, {"bits": bits, "group_size": 64}
     return {
         "rtn": [{"rtn": {**grid, "clip": "mse"}}],
         "gptq": [{"gptq": {**grid, "clip": "mse"}}],
         "gptq, widths": [{"gptq": {**grid, **MIXED, "clip": "mse"}}],
         "gptq, distill": [{"gptq": {**grid, "clip": "mse"}}, tuned(bits)],
+        "lut": [{"lut": table}],
+        "lut, match: 1": [{"lut": {**table, "match": 1.0}}],
+        "lut, match: 1, distill": [{"lut": {**table, "match": 1.0}}, tuned(bits)],
         "signround": [learned],
         "signround, start: rtn": [{"signround": {**grid, "start": "rtn"}}],
         "signround, unsigned scales": [{"signround": {**grid, "signed_scales": False}}],
