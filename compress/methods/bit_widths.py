@@ -42,6 +42,7 @@ class MixedWidths(SiteMethod):
 
     @classmethod
     def foresee(cls, shapes: Mapping[str, LayerShape], configs: dict[str, Any], nbytes: Sizes) -> None:
+        shapes = {name: shape for name, shape in shapes.items() if configs[name].widths is not None}
         least = sum(min(_sizes(cls, shape, configs[name], nbytes)) for name, shape in shapes.items())
         budget = sum(_bytes_at(cls, shape, configs[name], configs[name].bits, nbytes) for name, shape in shapes.items())
         if least > budget:
@@ -84,7 +85,7 @@ class MixedWidths(SiteMethod):
         method, rounding = cls.probe(config)
         numbers = sum(s.out_features * s.in_features for s in shapes)
         felt = 2.0 * SKETCH_ROWS * sum(s.in_features * (s.out_features + s.in_features) for s in shapes)
-        return 6.0 * GRADIENT_TOKENS * numbers + len(config.widths) * (felt + method.flops(shapes, rounding))
+        return 6.0 * GRADIENT_TOKENS * numbers + len(config.widths or ()) * (felt + method.flops(shapes, rounding))
 
     @classmethod
     def probe(cls, config: Any) -> tuple[type[SiteMethod], Any]:
