@@ -9,10 +9,8 @@ is expanded, some rows at a time, and multiplied by torch.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from ctypes import CDLL, POINTER, Structure, byref, c_int, c_int32, c_int64, c_void_p
-from functools import lru_cache
+from ctypes import Structure, byref, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.kernels import native
-from compress.kernels.build import COMMAND
 from compress.kernels.ops import LIBRARY, row_tiles
 from compress.kernels.packing import unpack
 from compress.kernels.rows import FEW, flat_input
@@ -111,7 +108,7 @@ def _cpu(
     known = {x.dtype, weight_table.dtype, x.dtype if bias is None else bias.dtype} <= native.DTYPES.keys()
     group_size = in_features if weight_scale is None else in_features // weight_scale.shape[1]
     fits = known and (group_size == in_features or group_size % VECTOR == 0)
-    library = native_library() if fits and x.numel() and len(weight_packed) else None
+    library = native.library() if fits and x.numel() and len(weight_packed) else None
     if library is None:
         return _reference(*arguments)
     flat, shape = flat_input(x, in_features), (*x.shape[:-1], len(weight_packed))
@@ -156,37 +153,9 @@ class Lut(Structure):
         return made
 
 
-FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {  # as native.FUNCTIONS
-    "ck_lut_workspace": (c_int64, (c_int64, c_int64)),
-    "ck_lut_linear": (
-        c_int,
-        (
-            POINTER(Lut), c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_int64,
-            c_int32,
-        ),
-    ),
-    "ck_lut_dense": (c_int, (POINTER(Lut), c_void_p, c_int32, c_int64, c_int32)),
-}  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def native_library() -> CDLL | None:
-    """The compiled kernels, if there are any and they have these."""
-    library = native.library()
-    if library is None:
-        return None
-    for name, (returns, takes) in FUNCTIONS.items():
-        function = getattr(library, name, None)
-        if function is None:
-            warnings.warn(f"the compiled kernels are older than this package, build them anew: {COMMAND}", stacklevel=2)
-            return None
-        function.restype, function.argtypes = returns, list(takes)
-    return library
-
-
 def multiplied(x: Tensor, lut: Lut, bias: Tensor | None, out: Tensor) -> Tensor:
     """out = x W^T + bias. x [tokens, in] with dense rows, out [tokens, out], of any dtypes with kernels."""
-    library = native_library()
+    library = native.library()
     assert library is not None
     bias = None if bias is None else bias.detach().contiguous()
     workspace = torch.empty(max(library.ck_lut_workspace(lut.in_features, len(x)), 0), dtype=torch.uint8)
@@ -201,7 +170,7 @@ def multiplied(x: Tensor, lut: Lut, bias: Tensor | None, out: Tensor) -> Tensor:
 
 def expanded(lut: Lut, dtype: torch.dtype) -> Tensor:
     """The weight [out, in]."""
-    library = native_library()
+    library = native.library()
     assert library is not None
     weight = torch.empty(lut.out_features, lut.in_features, dtype=dtype)
     status = library.ck_lut_dense(

@@ -113,6 +113,15 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
         ),
     ),
     "ck_rows_dense": (c_int, (c_void_p, c_void_p, c_int32, c_int64, c_int32)),
+    "ck_lut_workspace": (c_int64, (c_int64, c_int64)),
+    "ck_lut_linear": (
+        c_int,
+        (
+            c_void_p, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_int64,
+            c_int32,
+        ),
+    ),
+    "ck_lut_dense": (c_int, (c_void_p, c_void_p, c_int32, c_int64, c_int32)),
     "ck_roofline_read": (c_int, (c_void_p, c_int64, c_int32, POINTER(c_uint64))),
     "ck_roofline_compute": (c_int64, (c_int32, c_int64, c_int32)),
 }  # fmt: skip

@@ -321,7 +321,7 @@ def _judged(task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Sc
     with torch.no_grad():
         for module in modules.values():
             module.frozen = module.learned()
-        for rows in _alike(judged, task.rows.lengths, schedule.batch_rows):
+        for rows in alike(judged, task.rows.lengths, schedule.batch_rows):
             weight = sum(task.rows.lengths[row] for row in rows)
             total += float(loss(task.run(task.rows.inputs(rows)), task.rows.targets(rows))) * weight
             tokens += weight
@@ -330,10 +330,11 @@ def _judged(task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Sc
     return total / tokens
 
 
-def _alike(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    for alike in _by_length(rows, lengths):
-        for first in range(0, len(alike), size):
-            yield alike[first : first + size]
+def alike(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """`rows` in parts of one length, `size` of them at most."""
+    for own in _by_length(rows, lengths):
+        for first in range(0, len(own), size):
+            yield own[first : first + size]
 
 
 def _by_length(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

@@ -36,6 +36,7 @@ from compress.linalg.learned_rounding import Start, learned_codes
 from compress.methods.base import Layer, LayerShape, Outcome, shared
 from compress.methods.block import Learned, WindowTask
 from compress.methods.block_learning import LearnedLinear, Schedule, SoftLinear, learn_signs, learn_soft, squared_error
+from compress.methods.rtn import quantized_spec
 from compress.methods.signround import (
     ADAM_LR,
     NOTHING_BETTER,
@@ -198,7 +199,8 @@ def _finished(task: WindowTask, name: str, module: LearnedLinear, state: Mapping
     """Report: as of signround; the errors are those of the last window that the layer was learned in."""
     if isinstance(module, SoftLinear):
         module.harden()
-    stored = stored_module(task.layers[name], module)
+    layer = task.layers[name]
+    stored = stored_module(name, quantized_spec(layer.shape, layer.config), module, layer.bias)
     report = {key: float(value) for key, value in state.items() if key.startswith("start_")}
     report |= {"block_error_start": float(state["error_start"]), "block_error": float(state["error"])}
     report["moved"] = float((state["codes"] != stored.codes()).float().mean())

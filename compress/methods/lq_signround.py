@@ -18,18 +18,16 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.calibration.statistics import Request
-from compress.errors import NumericsError
-from compress.linalg.grid import Grid
-from compress.linalg.learned_rounding import FACTOR_RANGE, Start, learned_codes, learned_grid
+from compress.linalg.learned_rounding import FACTOR_RANGE, Start
 from compress.methods.base import Kept, LayerShape, MethodConfig, Outcome, SiteMethod, shared
 from compress.methods.bit_widths import MixedWidths
 from compress.methods.block import BlockMethod, Learned, WindowTask
 from compress.methods.block_learning import Figures, LearnedLinear, Schedule, learn_signs, squared_error
 from compress.methods.lq_lora import LQLoRA, LQLoRAConfig
-from compress.methods.signround import NOTHING_BETTER, WHY
+from compress.methods.signround import NOTHING_BETTER, WHY, start_on, stored_module
 from compress.modules.corrected import CorrectedLinear
 from compress.modules.corrected_spec import FACTORS, CorrectedSpec
 from compress.modules.quantized import QuantizedModule
@@ -178,17 +176,10 @@ def learned_linear(task: WindowTask, name: str) -> LearnedCorrected:
     outcome, layer = task.started[name], task.layers[name]
     module = outcome.module
     assert isinstance(module, CorrectedLinear) and outcome.continuous is not None
-    right, left = (_start(part, part.dense(torch.float32)) for part in (module.right, module.left))  # type: ignore[operator]
+    right, left = (start_on(part, part.dense(torch.float32)) for part in (module.right, module.left))  # type: ignore[operator]
     return LearnedCorrected(
-        _start(module.base, outcome.continuous.contiguous()), (right, left), layer.bias, layer.config.factor_lr
+        start_on(module.base, outcome.continuous.contiguous()), (right, left), layer.bias, layer.config.factor_lr
     )
-
-
-def _start(part: nn.Module, weight: Tensor) -> Start:
-    assert isinstance(part, QuantizedModule)
-    zero_points = part.zero_points()
-    grid = Grid(part.spec.bits, part.weight_scale.detach(), None if zero_points is None else zero_points.int())
-    return Start(weight, grid)
 
 
 def outcome(task: WindowTask, name: str, module: LearnedCorrected, figures: Figures) -> Outcome:
@@ -199,7 +190,7 @@ def outcome(task: WindowTask, name: str, module: LearnedCorrected, figures: Figu
     assert isinstance(first, CorrectedLinear) and isinstance(first.base, QuantizedModule)
     parts = {part: getattr(first, part) for part in ("base", *FACTORS)}
     learned = dict(zip(parts, (module, *module.pair), strict=True))
-    stored = {part: _stored(name, parts[part], own) for part, own in learned.items()}
+    stored = {part: stored_module(name, parts[part].spec, own) for part, own in learned.items()}
     layer = task.layers[name]
     result = CorrectedLinear(first.spec, stored["base"], stored["right"], stored["left"], bias=layer.bias)
     report = {f"start_{key}": value for key, value in started.report.items()}
@@ -207,13 +198,3 @@ def outcome(task: WindowTask, name: str, module: LearnedCorrected, figures: Figu
     report["moved"] = float((first.base.codes() != stored["base"].codes()).float().mean())
     notes = [*started.notes, NOTHING_BETTER] if figures.which == "start" else list(started.notes)
     return Outcome(result, report, notes)
-
-
-def _stored(name: str, first: QuantizedModule, learned: LearnedLinear) -> QuantizedModule:
-    """Raises: NumericsError."""
-    values = learned.offset.detach(), learned.factor.detach()
-    grid = learned_grid(learned.start, values[1])
-    if not torch.isfinite(grid.scale).all():
-        raise NumericsError(f"{name}: a scale is not finite after learning; lower range_lr")
-    codes = learned_codes(learned.start, *values)
-    return QuantizedModule.from_codes(codes, grid.scale, grid.zero_point, first.spec)

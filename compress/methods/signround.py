@@ -28,12 +28,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from compress.calibration.statistics import Request, SecondMoment
 from compress.errors import NumericsError
 from compress.linalg.grid import Grid
 from compress.linalg.learned_rounding import Start, learned_codes, learned_grid
-from compress.methods.base import Layer, LayerShape, MethodConfig, Outcome, SiteMethod, shared
+from compress.methods.base import LayerShape, MethodConfig, Outcome, SiteMethod, shared
 from compress.methods.bit_widths import MixedWidths
 from compress.methods.block import BlockMethod, Learned, WindowTask
 from compress.methods.block_learning import (
@@ -46,7 +47,7 @@ from compress.methods.block_learning import (
     squared_error,
 )
 from compress.methods.gptq import GPTQ, GPTQConfig
-from compress.methods.rtn import RTN, RTNConfig, quantized_module
+from compress.methods.rtn import RTN, RTNConfig
 from compress.modules.quantized import QuantizedModule
 from compress.modules.quantized_spec import QuantizedSpec
 
@@ -179,11 +180,16 @@ class SignRound(MixedWidths, BlockMethod):
 def start_of(task: WindowTask, name: str) -> Start:
     """Where learning starts for a layer that is new in the window."""
     outcome = task.started[name]
-    module = outcome.module
-    assert isinstance(module, QuantizedModule) and outcome.continuous is not None
+    assert outcome.continuous is not None
+    return start_on(outcome.module, outcome.continuous.contiguous())
+
+
+def start_on(module: nn.Module, weight: Tensor) -> Start:
+    """The start whose first codes are those of `module`, on its grid; `weight` [out, in]: what they were rounded from."""
+    assert isinstance(module, QuantizedModule)
     zero_points = module.zero_points()
     grid = Grid(module.spec.bits, module.weight_scale.detach(), None if zero_points is None else zero_points.int())
-    return Start(outcome.continuous.contiguous(), grid)
+    return Start(weight, grid)
 
 
 def outcome(task: WindowTask, name: str, module: LearnedLinear, figures: Figures, left: float | None = None) -> Outcome:
@@ -193,7 +199,7 @@ def outcome(task: WindowTask, name: str, module: LearnedLinear, figures: Figures
     started = task.started[name]
     first = started.module
     assert isinstance(first, QuantizedModule)
-    stored = stored_module(task.layers[name], module)
+    stored = stored_module(name, first.spec, module, first.bias)
     report = {f"start_{key}": value for key, value in started.report.items()}
     report |= {"block_error_start": figures.start, "block_error": figures.kept}
     report["moved"] = float((first.codes() != stored.codes()).float().mean())
@@ -205,10 +211,15 @@ def outcome(task: WindowTask, name: str, module: LearnedLinear, figures: Figures
     return Outcome(stored, report, notes)
 
 
-def stored_module(layer: Layer, module: LearnedLinear) -> QuantizedModule:
-    """What is stored of a layer whose rounding was learned. Raises: NumericsError."""
-    grid = learned_grid(module.start, module.factor.detach())
+def stored_module(
+    name: str, spec: QuantizedSpec, learned: LearnedLinear, bias: Tensor | None = None
+) -> QuantizedModule:
+    """What is stored of a layer, or of a part of it, whose rounding was learned.
+
+    Raises: NumericsError naming the layer.
+    """
+    grid = learned_grid(learned.start, learned.factor.detach())
     if not torch.isfinite(grid.scale).all():
-        raise NumericsError(f"{layer.name}: a scale is not finite after learning; lower range_lr")
-    codes = learned_codes(module.start, module.offset.detach(), module.factor.detach())
-    return quantized_module(layer, codes, grid)
+        raise NumericsError(f"{name}: a scale is not finite after learning; lower range_lr")
+    codes = learned_codes(learned.start, learned.offset.detach(), learned.factor.detach())
+    return QuantizedModule.from_codes(codes, grid.scale, grid.zero_point, spec, bias)

@@ -113,6 +113,23 @@ def test_no_iterations_change_nothing(tiny, text, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_rows_of_several_lengths_are_tuned_and_judged(tiny, text, tmp_path, monkeypatch):
+    from compress.pipeline import run as pipeline
+
+    batches = pipeline.calibration_batches
+
+    def cut(plan, source):
+        whole = batches(plan, source)
+        return [ids if place % 2 else ids[:, :31] for place, ids in enumerate(whole * 4)]
+
+    monkeypatch.setattr(pipeline, "calibration_batches", cut)
+    step = {"distill": {"iterations": 3, "batch_rows": 4, "lr": 0.01}}
+    figures = run(recipe_for(tiny("llama"), [CODES, step], text, evaluation=False), tmp_path / "out").report["tuning"][
+        "figures"
+    ]
+    assert 0 < figures["divergence"] < figures["divergence_start"]
+
+
 def test_what_is_worse_is_not_kept(tiny, text, tmp_path):
     wild = {"distill": {"iterations": 1, "batch_rows": 1, "lr": 0.1, "parameters": "norms"}}
     monkey = pytest.MonkeyPatch()
