@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +62,18 @@ class LearnedLinear(nn.Module):
         self.offset = torch.zeros_like(start.grouped()).requires_grad_()
         self.factor = torch.ones_like(start.scale()).requires_grad_()
         self.frozen: Tensor | None = None
+        self.in_half = False
 
     def learned(self) -> Tensor:
         return rounded(self.start, self.offset, self.factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.learned() if self.frozen is None else self.frozen
-        return functional.linear(x, weight.to(x.dtype), self.bias)
+        if self.frozen is not None:
+            return functional.linear(x, self.frozen.to(x.dtype), self.bias)
+        if self.in_half:
+            output = _HalfProduct.apply(x, self.learned())
+            return output if self.bias is None else output + self.bias
+        return functional.linear(x, self.learned().to(x.dtype), self.bias)
 
     def moves(self, schedule: Schedule) -> list[tuple[Tensor, float, tuple[float, float]]]:
         """What signs of gradients move: the variable, its first step, its bounds."""
@@ -80,6 +86,27 @@ class LearnedLinear(nn.Module):
         with torch.no_grad():
             self.offset.copy_(values[0])
             self.factor.copy_(values[1])
+
+
+class _HalfProduct(torch.autograd.Function):
+    """x @ weight.T, forth and back by products of bfloat16, which is also what is kept of x; dtypes stay as they were."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x_half, weight_half = x.to(torch.bfloat16), weight.to(torch.bfloat16)
+        ctx.save_for_backward(x_half, weight_half)
+        ctx.dtypes = x.dtype, weight.dtype
+        return functional.linear(x_half, weight_half).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.to(torch.bfloat16)
+        by_x = (gradient @ weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            by_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).to(ctx.dtypes[1])
+        return by_x, by_weight
 
 
 class SoftLinear(LearnedLinear):
@@ -290,7 +317,9 @@ def _loss(
     task: WindowTask, modules: Mapping[str, LearnedLinear], rows: list[int], schedule: Schedule, loss: Loss
 ) -> Tensor:
     x = task.rows.inputs(rows, original=schedule.original_inputs)
-    with torch.enable_grad(), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=schedule.half):
+    for module in modules.values():
+        module.in_half = schedule.half
+    with torch.enable_grad():
         output = task.run(x)
     own = None
     if schedule.homologous:

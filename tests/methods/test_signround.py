@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from compress.errors import RecipeError
-from compress.methods.block_learning import batches, squared_error
+from compress.linalg.grid import Grid
+from compress.linalg.learned_rounding import Start
+from compress.methods.block_learning import LearnedLinear, batches, squared_error
 from compress.pipeline.run import run
 from tests.runs import recipe_for
 
@@ -40,7 +42,8 @@ def test_no_iterations_are_the_start(start: str, tiny, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"parametrization": "adaround", "lr": 0.05}, {"learn_ranges": False}, {"trim": 0.01}]
+    "settings",
+    [{}, {"parametrization": "adaround", "lr": 0.05}, {"learn_ranges": False}, {"trim": 0.01}, {"half": True}],
 )
 def test_a_block_is_closer_to_the_original_than_its_start(settings: dict[str, Any], tiny, text, tmp_path):
     step = {"signround": {"bits": 2, "group_size": 32, "start": "rtn", "iterations": 12, "batch_rows": 4, **settings}}
@@ -61,6 +64,25 @@ def test_scales_stay_where_ranges_are_not_learned(tiny, text, tmp_path):
     }
     assert all(torch.equal(scales["fixed"][key], scales["start"][key]) for key in scales["start"])
     assert not all(torch.equal(scales["moved"][key], scales["start"][key]) for key in scales["start"])
+
+
+def test_products_in_bfloat16_have_nearly_the_same_output_and_gradients():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 32, generator=generator)
+    start = Start(weight, Grid(4, weight.unflatten(1, (2, 16)).abs().amax(-1) / 8, None))
+    x, wanted = torch.randn(3, 5, 32, generator=generator), torch.randn(3, 5, 24, generator=generator)
+    found = {}
+    for half in (False, True):
+        module = LearnedLinear(start, torch.ones(24))
+        module.in_half = half
+        entering = x.clone().requires_grad_()
+        output = module(entering)
+        squared_error(output, wanted).backward()
+        assert output.dtype == torch.float32
+        found[half] = (output.detach(), entering.grad, module.offset.grad, module.factor.grad)
+    for full, other in zip(found[False], found[True], strict=True):
+        assert full is not None and other is not None
+        assert 0 < float((full - other).norm() / full.norm()) < 0.01
 
 
 def test_batches_hold_rows_of_one_length_and_visit_all():
