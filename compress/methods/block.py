@@ -86,6 +86,12 @@ class BlockMethod(SiteMethod):
         """What rounds a layer first, and its settings: its `plan` is that of this method."""
 
     @classmethod
+    def prepared(cls, weight: Tensor, config: Any) -> Tensor:
+        """What the start rounds, and learning goes on from, in place of a layer's weight [out_features, in_features]; what is to
+        be matched stays."""
+        return weight
+
+    @classmethod
     @abstractmethod
     def learn(cls, task: WindowTask, generator: torch.Generator) -> Learned:
         """Learn from the start. Raises: NumericsError naming block and step."""
@@ -133,7 +139,9 @@ class BlockMethod(SiteMethod):
         by_method: dict[type[SiteMethod], list[Layer]] = {}
         for layer in site.layers:
             method, config = cls.start(layer.config)
-            by_method.setdefault(method, []).append(replace(layer, config=config))
+            by_method.setdefault(method, []).append(
+                replace(layer, config=config, weight=cls.prepared(layer.weight, layer.config))
+            )
         outcomes: dict[str, Outcome] = {}
         for method, layers in by_method.items():
             part = SiteTask(site.name, tuple(layers), site.tell, site.continuous)

@@ -15,7 +15,8 @@ it was. K = 1 is `signround`. What is learned there is learned here, in the same
 V0 is where each weight stands between its neighbours: A B = 0 is the weight itself. Nothing of A and B is stored.
 
 The paper has no public code; the two terms' weights, the direction of the divergence and A B on top of V0 are choices of ours.
-Its pre-processing of outliers is not here.
+`truncate` cuts outliers of the weights first, as there (compress/linalg/outliers.py); activations, which nothing rounds, keep
+theirs.
 
 Source: Ding et al., 2023, arXiv:2312.07950.
 """
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from compress.linalg.grid import Grid
 from compress.linalg.learned_rounding import Start, learned_codes
+from compress.linalg.outliers import truncated
 from compress.methods.base import Layer, LayerShape, Outcome, shared
 from compress.methods.block import Learned, WindowTask
 from compress.methods.block_learning import LearnedLinear, Schedule, SoftLinear, learn_signs, learn_soft, squared_error
@@ -57,6 +59,9 @@ class CBQConfig(SignRoundConfig):
     parametrization: Literal["sign", "adaround", "low_rank"] = Field(  # type: ignore[assignment]
         "sign",
         description="what is learned: offsets by signs; soft roundings by Adam; the same as a product of rank `rank`",
+    )
+    truncate: bool = Field(
+        False, description="cut each layer's outliers to the largest other weight before anything is rounded"
     )
     rank: int = Field(5, ge=1, description="of low_rank's product")
     window: int = Field(2, ge=1, description="blocks learned together")
@@ -89,6 +94,10 @@ class CBQ(SignRound):
     @classmethod
     def window(cls, configs: Mapping[str, CBQConfig]) -> int:  # type: ignore[override]
         return shared(configs, FIELDS, WHY).window
+
+    @classmethod
+    def prepared(cls, weight: Tensor, config: CBQConfig) -> Tensor:
+        return truncated(weight) if config.truncate else weight
 
     @classmethod
     def stride(cls, configs: Mapping[str, CBQConfig]) -> int:

@@ -60,13 +60,16 @@ class Learner:
         method = next(iter(first.values()))[0]  # one for all: `window` saw to it in the plan
         configs = {name: config for name, (_, config) in first.items()}
         needs_data = any(method.needs_tokens(config) for config in configs.values())
-        self.start = replace(step, method=method, configs=configs, needs_data=needs_data, starts=True)
+        self.start = replace(step, method=method, configs=configs, needs_data=needs_data, starts=self._prepared)
         self.width, self.stride = self.method.window(step.configs), self.method.stride(step.configs)
         self.states: dict[str, dict[str, Tensor]] = {}
         self.ahead: HiddenStates | None = None  # of the original model, at the end of the window
         self.behind: HiddenStates | None = None  # of the original model, at the window's beginning, where wanted
         self.passed = 0  # blocks that `ahead` has passed
         self.first = min(index for index in range(stage.model.n_blocks) if self._names(index))
+
+    def _prepared(self, name: str, weight: Tensor) -> Tensor:
+        return self.method.prepared(weight, self.step.configs[name])
 
     # ---- the original model
 

@@ -329,7 +329,7 @@ class Stage:
                 self.layers.float_dtype,
                 lambda purpose: self.generator(step, site.name, purpose),
                 lambda detail: self.progress.advance(0, detail),
-                continuous=step.starts,
+                continuous=step.starts is not None,
                 kept=lambda name: read_kept(kept_file(self.scratch, step.number, name)),
             )
         self._check(step, outcomes)
@@ -339,7 +339,9 @@ class Stage:
         for name, outcome in outcomes.items():
             planned = step.specs[name]
             assert outcome.module.spec == planned, f"{name}: {outcome.module.spec} where {planned} was planned"
-            for note in [] if step.starts else outcome.notes:  # what learns on from a start repeats its notes
+            for note in (
+                [] if step.starts is not None else outcome.notes
+            ):  # what learns on from a start repeats its notes
                 self.progress.note(f"{name}: {note}")
 
     def generator(self, step: StepPlan, site: str, purpose: str) -> torch.Generator:

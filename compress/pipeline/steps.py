@@ -6,7 +6,7 @@ made of it (the two factors of a low-rank layer), each of them like a layer of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from compress.patterns import select
 from compress.pipeline.folding import folding_layers
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from compress.methods.base import Kept, LayerShape, MethodConfig, SiteMethod, Sizes
     from compress.recipe import Step
 
@@ -32,7 +34,8 @@ class StepPlan:
     """One step: its method, the configuration of each layer it applies to, and what each is stored as behind it.
 
     `kept`: layers that were asked for and that the method leaves as they are, with the reason. `starts`: another step learns
-    on from what this one makes. `folds`: layers the scale of whose inputs goes into what makes these.
+    on from what this one makes of `starts`(name, weight), in place of the weight of a layer. `folds`: layers the scale of
+    whose inputs goes into what makes these.
     """
 
     number: int
@@ -42,7 +45,7 @@ class StepPlan:
     needs_data: bool
     needs_original: bool
     kept: dict[str, str] = field(default_factory=dict)
-    starts: bool = False
+    starts: Callable[[str, Tensor], Tensor] | None = None
     folds: frozenset[str] = frozenset()
 
 

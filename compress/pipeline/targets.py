@@ -150,9 +150,10 @@ class _Job:
 def _job(work: _Work, name: str, scale_dtype: torch.dtype) -> _Job:
     leaf, target = work.leaf(name), work.target
     whole = name == ""
+    starts = work.step.starts
     layer = Layer(
         leaf_name(target.name, name),
-        leaf.weight,
+        leaf.weight if starts is None else starts(target.name, leaf.weight),
         target.bias if whole else None,
         work.step.configs[target.name],
         scale_dtype,

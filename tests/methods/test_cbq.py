@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from compress.errors import RecipeError
+from compress.linalg.outliers import truncated
 from compress.methods.block import WindowTask
 from compress.methods.block_learning import LearnedLinear, Schedule, _loss
 from compress.methods.cbq import CBQConfig, window_error
@@ -31,6 +35,24 @@ def test_every_block_is_learned_and_none_is_worse_than_where_it_began(window, ov
     assert all(f["block_error"] <= f["block_error_start"] for f in found)
     assert all("start_weight_error" in f for f in found)
     assert sum(f["moved"] > 0 for f in found) > len(found) // 2
+
+
+def test_outliers_are_cut_before_anything_is_rounded(tiny, text, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny("llama"), model)
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name][0, :3] = torch.tensor([9.0, -9.5, 9.2]) * weights[name].float().std()
+    save_file(weights, file, {"format": "pt"})
+    step = {"bits": 4, "group_size": 32, "clip": "none"}
+    learned = {**step, "start": "rtn", "iterations": 0, "truncate": True}
+    run(recipe_for(model, [{"cbq": learned}], text), tmp_path / "a")
+    cut = {key: truncated(value) if key.endswith("_proj.weight") else value for key, value in weights.items()}
+    assert not torch.equal(cut[name], weights[name])
+    save_file(cut, file, {"format": "pt"})
+    run(recipe_for(model, [{"rtn": step}], text), tmp_path / "b")
+    assert same(tmp_path / "a", tmp_path / "b")
 
 
 def test_the_same_inputs_on_both_sides_count_twice():
