@@ -21,7 +21,7 @@ from torch.nn import functional
 from compress.kernels import native
 from compress.kernels.ops import LIBRARY, row_tiles
 from compress.kernels.packing import dequantize, pack, unpack
-from compress.kernels.position_layout import position_layout
+from compress.kernels.position_layout import MAX_SETS, position_layout
 from compress.kernels.rows import expanded, few, flat_input, multiplied, sparse_rows
 
 LIBRARY.define(
@@ -38,7 +38,11 @@ def pack_positions(mask: Tensor, n: int, m: int) -> Tensor:
     places = (mask.nonzero()[:, 1] % m).view(n_rows, -1, n)  # [rows, groups, n], ascending
     if layout.kind == "indices":
         return pack(places.flatten(1), layout.bits)
-    choose = torch.tensor([[comb(p, i + 1) for p in range(m)] for i in range(n)], device=mask.device)  # [n, m]
+    choose = (
+        torch.tensor(  # [n, m]; what is larger than the number of sets, and may be than an int64, is never a summand
+            [[min(comb(p, i + 1), MAX_SETS) for p in range(m)] for i in range(n)], device=mask.device
+        )
+    )
     ranks = sum(choose[i][places[..., i]] for i in range(n))
     assert isinstance(ranks, Tensor)
     return pack(ranks, layout.bits)

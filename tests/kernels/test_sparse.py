@@ -27,7 +27,7 @@ def masked(n: int, m: int, rows: int = 5, width: int = 0) -> torch.Tensor:
     return highest_of_groups(scores, n, m) if m else scores > 0.66
 
 
-@pytest.mark.parametrize(("n", "m"), [*PATTERNS, (1, 256), (31, 32), (0, 0)])
+@pytest.mark.parametrize(("n", "m"), [*PATTERNS, (1, 256), (31, 32), (199, 200), (255, 256), (0, 0)])
 def test_packed_places_come_back(n, m):
     mask = masked(n, m)
     words = pack_positions(mask, n, m)
