@@ -3,14 +3,15 @@
 Every tool gets the same rows of tokens and the same model and rounds the linears of its blocks, in groups of 64 where that can be
 chosen; every result is measured by `compress.evaluate` on the same held-out text. "bits" is of the linears, everything stored for
 them counted; K-quants cannot be made at the others' sizes. "ratio" is our KL over theirs. Each run is a process of its own; CPU
-seconds and peak memory are of all of it, from the start of the interpreter to the saved folder.
+seconds and peak memory are of all of it, from the start of the interpreter to the saved folder. Beside the recipes a row has
+`signround` as auto-round does it, from the nearest values and with as many iterations: its time and memory are those to compare.
 
     python -m venv ar && ar/bin/pip install auto-round==0.16.1 hqq==0.2.8.post1 torch==2.13.0
     python scripts/bench_quality.py --auto-round-python ar/bin/python --hqq-python ar/bin/python --work FOLDER
     python scripts/bench_quality.py ... --ggml libggml-quants.so     # see scripts/peers/ggml_rounding.py
     python scripts/bench_quality.py ... --iterations 200 1000        # auto-round's default and its `best`
 
-Results stay in the folder of --work: a run that was stopped goes on where it was.
+Results stay in the folder of --work: a run that was stopped goes on where it was. --only names the rows to make.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from compress.recipe import Evaluation, Recipe
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent / "recipes"
 OURS = {"compress": "best", "compress, standard format": "signround"}  # recipes: NAME-4bit and so on
+LIKE = "compress, signround as auto-round does it"  # from the nearest values, as many iterations: for the time and the memory
 KINDS = {4: "q4_K", 3: "q3_K", 2: "q2_K"}
 GROUP = 64
 TARGET = 0.8  # of the best of the others
@@ -52,6 +54,8 @@ def main() -> None:
     made.add_argument("--llm-compressor-python", type=Path)
     made.add_argument("--gptqmodel-python", type=Path)
     made.add_argument("--ggml", type=Path, help="ggml's quantizing code as a shared library")
+    made.add_argument("--only", nargs="+", help="rows to make and to show, by name [default: all]")
+    made.add_argument("--amp", action="store_true", help="auto-round's products in bfloat16, its default")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--work", type=Path, required=True, help="folder for rows and results")
     asked = made.parse_args()
@@ -65,17 +69,18 @@ def main() -> None:
     print("| bits | tool | bits per weight | perplexity | KL | our KL / its | CPU s | peak MB |")
     print("|--:|---|--:|--:|--:|--:|--:|--:|")
     for bits in asked.bits:
-        found = {name: result_of(asked, name, bits, model, rows) for name in (*OURS, *tools(asked))}
-        ours = found["compress"]
+        names = [name for name in (*OURS, LIKE, *tools(asked)) if asked.only is None or name in asked.only]
+        found = {name: result_of(asked, name, bits, model, rows) for name in names}
+        ours = found.get("compress")
         for name, figures in found.items():
-            ratio = "" if name in OURS else f"{ours['kl'] / figures['kl']:.2f}"
+            ratio = "" if ours is None or name.startswith("compress") else f"{ours['kl'] / figures['kl']:.2f}"
             print(
                 f"| {bits} | {name} | {figures['bits']:.2f} | {figures['perplexity']:.2f} | {figures['kl']:.5f} | {ratio} "
                 f"| {figures['cpu_s']:.0f} | {figures['peak'] / 1e6:.0f} |",
                 flush=True,
             )
-        others = [figures["kl"] for name, figures in found.items() if name not in OURS]
-        if others:
+        others = [figures["kl"] for name, figures in found.items() if not name.startswith("compress")]
+        if others and ours is not None:
             worst = ours["kl"] / min(others)
             said = "met" if worst <= TARGET else "not met"
             print(f"{bits} bits: {worst:.2f} of the best of the others, {TARGET} wanted: {said}", file=sys.stderr)
@@ -120,14 +125,15 @@ def command(asked: argparse.Namespace, name: str, bits: int, model: Path, rows: 
     peers = HERE / "peers"
     to: list[str | Path] = ["--model", model, "--rows", rows, "--out", out]
     grid: list[str | Path] = ["--bits", str(bits), "--group-size", str(GROUP)]
-    if name in OURS:
-        file = asked.work / f"recipe-{OURS[name]}-{bits}.yaml"
-        file.write_text(recipe_of(asked, bits, OURS[name]).to_yaml())
+    if name.startswith("compress"):
+        file = asked.work / f"recipe-{OURS.get(name, 'like')}-{bits}.yaml"
+        file.write_text(recipe_of(asked, bits, OURS.get(name)).to_yaml())
         return [sys.executable, peers / "compress_cli.py", "run", "--quiet", "--recipe", file, "--out", out]
     if name.startswith("auto-round"):
         iterations = name.split()[1]
         script = peers / "auto_round_rounding.py"
-        return [asked.auto_round_python.absolute(), script, *to, *grid, "--iterations", iterations]
+        amp = ["--amp"] if asked.amp else []
+        return [asked.auto_round_python.absolute(), script, *to, *grid, "--iterations", iterations, *amp]
     if name == "hqq":
         return [asked.hqq_python.absolute(), peers / "hqq_rounding.py", *to, *grid]
     if name == "K-quants":
@@ -140,7 +146,7 @@ def command(asked: argparse.Namespace, name: str, bits: int, model: Path, rows: 
 
 def bits_of(name: str, bits: int, output: Path, out: Path) -> float:
     """Bits per weight of the linears: codes, and what each tool stores beside them for a group."""
-    if name in OURS:
+    if name.startswith("compress"):
         return float(json.loads((out / "compress_report.json").read_text())["bits_per_weight"])
     if name == "K-quants":
         tagged = [x for x in output.read_text(errors="replace").splitlines() if x.startswith("SETTINGS ")]
@@ -149,9 +155,12 @@ def bits_of(name: str, bits: int, output: Path, out: Path) -> float:
     return bits + zero_and_scale / GROUP
 
 
-def recipe_of(asked: argparse.Namespace, bits: int, name: str = "best") -> Recipe:
-    """The recipe that ships, on this model and these texts, without an evaluation of its own."""
-    content = Recipe.load(RECIPES / f"{name}-{bits}bit.yaml").to_dict()
+def recipe_of(asked: argparse.Namespace, bits: int, name: str | None = "best") -> Recipe:
+    """The recipe that ships, or (None) `LIKE`, on this model and these texts, without an evaluation of its own."""
+    content = Recipe.load(RECIPES / f"{name or 'signround'}-{bits}bit.yaml").to_dict()
+    if name is None:
+        settings = {"bits": bits, "group_size": GROUP, "signed_scales": True, "start": "rtn", "half": True}
+        content["steps"] = [{"signround": {**settings, "iterations": asked.iterations[0]}}]
     content |= {
         "model": {"path": asked.model},
         "calibration": {

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--extended", action="store_true", help="its extension for few bits (enable_alg_ext)")
+    parser.add_argument("--amp", action="store_true", help="products in bfloat16, its default")
     options = parser.parse_args()
     rows = torch.tensor(json.loads(options.rows.read_text()))
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -40,7 +41,7 @@ def main() -> None:
         seqlen=rows.shape[1],
         batch_size=8,
         dataset=[{"input_ids": part} for part in rows.split(ROWS_AT_ONCE)],
-        amp=False,  # float32, as ours: a little better, and slower
+        amp=options.amp,  # without: float32, a little better, and slower
         enable_torch_compile=False,
         device_map="cpu",
         **({"enable_alg_ext": True} if options.extended else {}),
@@ -53,7 +54,8 @@ def main() -> None:
     tokenizer.save_pretrained(options.out)
     print("SETTINGS " + json.dumps({
         "version": version("auto-round"), "transformers": version("transformers"), "torch": torch.__version__,
-        "iterations": options.iterations, "extended": options.extended, "batch_size": 8, "quantize_cpu_s": round(cpu, 1),
+        "iterations": options.iterations, "extended": options.extended, "amp": options.amp, "batch_size": 8,
+        "quantize_cpu_s": round(cpu, 1),
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }))  # fmt: skip
 
