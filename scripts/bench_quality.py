@@ -61,6 +61,9 @@ def main() -> None:
     asked = made.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     asked.work = asked.work.absolute()
+    for name in ("model", "calibration", "heldout"):  # each run has a working folder of its own
+        given = getattr(asked, name)
+        setattr(asked, name, str(Path(given).absolute()) if Path(given).exists() else given)
     model = compress.plan(recipe_of(asked, 4)).source.fetch(print)
     rows = asked.work / "rows.json"
     tokens = load_tokens(recipe_of(asked, 4).calibration, load_tokenizer(model))
