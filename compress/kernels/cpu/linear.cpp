@@ -6,7 +6,7 @@
 
 namespace {
 
-const ck::LinearKernels* kernels_of(int isa, bool halves) {
+const ck::LinearKernels* kernels_of(int isa, bool halves) {  // halves: bfloat16 that is kept
 #ifdef CK_X86
   switch (isa) {
     case ck::AVX2: return ck::linear_avx2();
@@ -86,20 +86,22 @@ extern "C" int ck_linear(const ck_weight* weight, const void* buffer, int64_t bu
 
   const bool a8 = activations == CK_A8;
   const ck::LinearKernels* kernels = kernels_of(ck_isa_current(), !a8 && x_dtype == CK_BF16);
-  const int64_t unit = a8 ? kernels->a8_unit : kernels->a16_unit, n_units = ceil_div(l.n_tiles, unit);
+  const ck::LinearWays& ways = a8 ? kernels->a8 : kernels->a16;
+  const ck::LinearWay way = tokens <= ways.direct_tokens ? ways.direct : ways.unpacked;
+  const int64_t n_slabs = ceil_div(tokens, way.slab), n_units = ceil_div(l.n_tiles, way.unit);
   parallel(int(min64(n_threads, n_units)), [&](int thread, int n) {
     LinearCall mine = call;
     const Range units = share(n_units, thread, n);
-    for (int64_t first = 0; first < tokens; first += ck::SLAB) {
-      mine.first_token = first;
-      mine.n_tokens = min64(ck::SLAB, tokens - first);
-      mine.direct = a8 && mine.n_tokens <= kernels->a8_direct_tokens;
-      mine.n_groups = ceil_div(mine.n_tokens, mine.direct ? kernels->a8_direct_group : a8 ? kernels->a8_group : kernels->a16_group);
-      if (first > 0) { CK_BARRIER }  // nobody reads the activations of the slab before
-      const Range pairs = share(mine.n_tokens * mine.layout.n_blocks, thread, n);
-      (a8 ? kernels->a8_prepare : kernels->a16_prepare)(mine, pairs.begin, pairs.end);
+    for (int64_t slab = 0; slab < n_slabs; slab++) {
+      const Range these = {tokens * slab / n_slabs, tokens * (slab + 1) / n_slabs};
+      mine.first_token = these.begin;
+      mine.n_tokens = these.end - these.begin;
+      mine.n_groups = ceil_div(mine.n_tokens, way.group);
+      if (slab > 0) { CK_BARRIER }  // nobody reads the activations of the slab before
+      const Range pairs = share(mine.n_groups * mine.layout.n_blocks, thread, n);
+      way.prepare(mine, pairs.begin, pairs.end);
       CK_BARRIER
-      (a8 ? kernels->a8_run : kernels->a16_run)(mine, units.begin * unit, min64(units.end * unit, mine.layout.n_tiles));
+      way.run(mine, units.begin * way.unit, min64(units.end * way.unit, mine.layout.n_tiles));
     }
   });
   return CK_OK;

@@ -9,10 +9,10 @@ namespace ck {
 
 constexpr int SLAB = 96;  // tokens worked on at a time: their sums and a block of their activations fit into the first-level cache
 
-// One product, and the slab of tokens that is being worked on. Tokens of a slab come in groups of nearly equal size, at most
-// `group_tokens`; a group of T tokens lies interleaved, and starts where the tokens before it end:
+// One product, and the slab of tokens that is being worked on. Tokens come in slabs, and tokens of a slab in groups, of nearly
+// equal size; a group of T tokens lies interleaved, and starts where the tokens before it end:
 //   A8   q [k / 4][T][4] int8;  q_scale, q_sum [block][T]:  x = q * q_scale, q_sum the sum of q over the block
-//   A16  as the unit that reads it wrote it; at most A16_BYTES per input
+//   A16  as the unit that reads it wrote it; a slab has at most A16_BYTES * SLAB bytes per input
 struct LinearCall {
   Layout layout;
   const uint8_t* codes;
@@ -28,7 +28,6 @@ struct LinearCall {
 
   int64_t first_token, n_tokens;
   int64_t n_groups, padded_inputs;
-  bool direct;  // A8: codes are not unpacked first
   int8_t* q;
   float* q_scale;
   int32_t* q_sum;
@@ -36,24 +35,29 @@ struct LinearCall {
   float* a16_sum;  // [block][T] per group
 };
 
-constexpr int64_t A16_BYTES = 8;  // per input and token
+constexpr int64_t A16_BYTES = 4;
 
-struct LinearKernels {
-  int a8_direct_tokens, a8_direct_group;  // up to so many tokens codes are not unpacked first; most tokens in a group then
-  int a8_group, a8_unit;                  // most tokens in a group; tiles that a thread should take together
-  void (*a8_prepare)(const LinearCall& call, int64_t begin, int64_t end);  // (token, block) pairs, blocks innermost
-  void (*a8_run)(const LinearCall& call, int64_t first_tile, int64_t end_tile);
-  int a16_group, a16_unit;
-  void (*a16_prepare)(const LinearCall& call, int64_t begin, int64_t end);
-  void (*a16_run)(const LinearCall& call, int64_t first_tile, int64_t end_tile);
+struct LinearWay {
+  int slab, group;  // most tokens
+  int unit;         // tiles that a thread should take together
+  void (*prepare)(const LinearCall& call, int64_t begin, int64_t end);  // (group, block) pairs, blocks innermost
+  void (*run)(const LinearCall& call, int64_t first_tile, int64_t end_tile);
 };
+
+// Up to so many tokens codes are multiplied as they are unpacked; more: a block of tiles is unpacked once for a slab.
+struct LinearWays {
+  int64_t direct_tokens;
+  LinearWay direct, unpacked;
+};
+
+struct LinearKernels { LinearWays a8, a16; };
 
 const LinearKernels* linear_portable();
 const LinearKernels* linear_avx2();
 const LinearKernels* linear_avx2vnni();    // AVX-VNNI
 const LinearKernels* linear_avx2vnni_vl(); // the same with the encoding of AVX-512
 const LinearKernels* linear_avx512();
-const LinearKernels* linear_avx512bf16();  // A16 only
+const LinearKernels* linear_avx512bf16();  // A16 of bfloat16 only
 
 }  // namespace ck
 
@@ -66,11 +70,6 @@ struct Group { int64_t first; int tokens; };  // within the slab
 CK_INLINE Group group_at(const LinearCall& call, int64_t i) {
   Range r = share(call.n_tokens, int(i), int(call.n_groups));
   return {r.begin, int(r.end - r.begin)};
-}
-CK_INLINE Group group_of_token(const LinearCall& call, int64_t token) {
-  int64_t i = token * call.n_groups / call.n_tokens;
-  while (share(call.n_tokens, int(i), int(call.n_groups)).end <= token) i++;
-  return group_at(call, i);
 }
 
 }  // namespace

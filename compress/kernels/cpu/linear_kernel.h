@@ -50,30 +50,32 @@ void a8_prepare(const LinearCall& call, int64_t begin, int64_t end) {
   alignas(64) int32_t q[MAX_BLOCK];
   alignas(64) int8_t bytes[MAX_BLOCK];
   for (int64_t i = begin; i < end; i++) {
-    const int64_t token = i / l.n_blocks, block = i % l.n_blocks;
-    const Group g = group_of_token(call, token);
-    floats_of<P>(call, token, block, f);
-    uint32_t largest = 0;  // as bits: a NaN is larger than infinity, which is larger than all numbers
-    for (int k = 0; k < n; k++) {
-      uint32_t magnitude = bits_of_float(f[k]) & 0x7fffffff;
-      largest = magnitude > largest ? magnitude : largest;
+    const int64_t block = i % l.n_blocks;
+    const Group g = group_at(call, i / l.n_blocks);
+    for (int t = 0; t < g.tokens; t++) {
+      floats_of<P>(call, g.first + t, block, f);
+      uint32_t largest = 0;  // as bits: a NaN is larger than infinity, which is larger than all numbers
+      for (int k = 0; k < n; k++) {
+        uint32_t magnitude = bits_of_float(f[k]) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+      }
+      const float amax = float_of_bits(largest);
+      const bool finite = largest < 0x7f800000;
+      const float inverse = finite && amax >= SMALLEST ? 127.0f / amax : 0.0f;
+      int32_t sum = 0;
+      if (inverse > 0) {
+        for (int k = 0; k < n; k++) q[k] = int32_t(bits_of_float(f[k] * inverse + ROUND)) - int32_t(bits_of_float(ROUND));
+        for (int k = 0; k < n; k++) sum += q[k];
+        for (int k = 0; k < n; k++) bytes[k] = int8_t(q[k]);
+      } else {
+        memset(bytes, 0, size_t(n));
+      }
+      const int64_t place = g.first * l.n_blocks + block * g.tokens + t;
+      call.q_scale[place] = !finite ? amax - amax : inverse > 0 ? amax / 127.0f : 0.0f;  // infinity, too, becomes NaN
+      call.q_sum[place] = sum;
+      int8_t* to = call.q + g.first * call.padded_inputs + block * n * g.tokens + t * 4;
+      for (int k = 0; k < n; k += 4) memcpy(to + int64_t(k) * g.tokens, bytes + k, 4);
     }
-    const float amax = float_of_bits(largest);
-    const bool finite = largest < 0x7f800000;
-    const float inverse = finite && amax >= SMALLEST ? 127.0f / amax : 0.0f;
-    int32_t sum = 0;
-    if (inverse > 0) {
-      for (int k = 0; k < n; k++) q[k] = int32_t(bits_of_float(f[k] * inverse + ROUND)) - int32_t(bits_of_float(ROUND));
-      for (int k = 0; k < n; k++) sum += q[k];
-      for (int k = 0; k < n; k++) bytes[k] = int8_t(q[k]);
-    } else {
-      memset(bytes, 0, size_t(n));
-    }
-    const int64_t place = g.first * l.n_blocks + block * g.tokens + (token - g.first);
-    call.q_scale[place] = !finite ? amax - amax : inverse > 0 ? amax / 127.0f : 0.0f;  // infinity, too, becomes NaN
-    call.q_sum[place] = sum;
-    int8_t* to = call.q + g.first * call.padded_inputs + (block * n * g.tokens + (token - g.first) * 4);
-    for (int k = 0; k < n; k += 4) memcpy(to + int64_t(k) * g.tokens, bytes + k, 4);
   }
 }
 
@@ -82,17 +84,18 @@ void a16_prepare_floats(const LinearCall& call, int64_t begin, int64_t end) {
   const Layout& l = call.layout;
   alignas(64) float f[MAX_BLOCK];
   for (int64_t i = begin; i < end; i++) {
-    const int64_t token = i / l.n_blocks, block = i % l.n_blocks;
-    const Group g = group_of_token(call, token);
-    floats_of<P>(call, token, block, f);
-    float sum = 0;
-    float* to = reinterpret_cast<float*>(call.a16) + g.first * call.padded_inputs + block * l.padded_block * g.tokens +
-                (token - g.first);
-    for (int64_t k = 0; k < l.padded_block; k++) {
-      sum += f[k];
-      to[k * g.tokens] = f[k];
+    const int64_t block = i % l.n_blocks;
+    const Group g = group_at(call, i / l.n_blocks);
+    float* to = reinterpret_cast<float*>(call.a16) + g.first * call.padded_inputs + block * l.padded_block * g.tokens;
+    for (int t = 0; t < g.tokens; t++) {
+      floats_of<P>(call, g.first + t, block, f);
+      float sum = 0;
+      for (int64_t k = 0; k < l.padded_block; k++) {
+        sum += f[k];
+        to[k * g.tokens + t] = f[k];
+      }
+      call.a16_sum[g.first * l.n_blocks + block * g.tokens + t] = sum;
     }
-    call.a16_sum[g.first * l.n_blocks + block * g.tokens + (token - g.first)] = sum;
   }
 }
 
@@ -348,16 +351,27 @@ CK_INLINE void a8_direct_of(const LinearCall& call, int64_t first_tile, int64_t 
 }
 
 template <class P, int BITS>
+void a8_direct_bits(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
+  const int64_t step = call.n_groups == 1 ? end_tile - first_tile : 1;  // else a tile stays in cache for all tokens
+  for (int64_t tile = first_tile; tile < end_tile; tile += step)
+    for (int64_t i = 0; i < call.n_groups; i++) a8_direct_of<P, BITS>(call, tile, tile + step, group_at(call, i));
+}
+
+template <class P, int BITS>
 void a8_bits(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
   int64_t tile = first_tile;
-  if (call.direct) {
-    const int64_t step = call.n_groups == 1 ? end_tile - first_tile : 1;  // else a tile stays in cache for all tokens
-    for (; tile < end_tile; tile += step)
-      for (int64_t i = 0; i < call.n_groups; i++) a8_direct_of<P, BITS>(call, tile, tile + step, group_at(call, i));
-    return;
-  }
   for (; tile + P::NR <= end_tile; tile += P::NR) a8_tiles<P, BITS, P::NR>(call, tile);
   for (; tile < end_tile; tile++) a8_tiles<P, BITS, 1>(call, tile);
+}
+
+template <class P>
+void a8_run_direct(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
+  switch (call.layout.bits) {
+    case 2: a8_direct_bits<P, 2>(call, first_tile, end_tile); break;
+    case 3: a8_direct_bits<P, 3>(call, first_tile, end_tile); break;
+    case 4: a8_direct_bits<P, 4>(call, first_tile, end_tile); break;
+    default: a8_direct_bits<P, 8>(call, first_tile, end_tile); break;
+  }
 }
 
 template <class P>
@@ -437,7 +451,8 @@ void a16_run(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
 
 template <class P>
 constexpr ck::LinearKernels table() {
-  return {P::DIRECT_TOKENS, P::DIRECT, P::MT, P::NR, a8_prepare<P>, a8_run<P>, A16_TOKENS, 1, a16_prepare_floats<P>, a16_run<P>};
+  return {{P::DIRECT_TOKENS, {ck::SLAB, P::DIRECT, 1, a8_prepare<P>, a8_run_direct<P>}, {ck::SLAB, P::MT, P::NR, a8_prepare<P>, a8_run<P>}},
+          {MAX_FEATURES, {ck::SLAB, A16_TOKENS, 1, a16_prepare_floats<P>, a16_run<P>}, {}}};
 }
 
 }  // namespace
