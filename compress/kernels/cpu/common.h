@@ -68,6 +68,11 @@ CK_INLINE float float_at(const void* p, int32_t dtype, int64_t i) {
   return dtype == CK_BF16 ? float_of_bf16(h) : float_of_f16(h);
 }
 
+CK_INLINE void put_float(void* p, int32_t dtype, int64_t i, float f) {
+  if (dtype == CK_F32) static_cast<float*>(p)[i] = f;
+  else static_cast<uint16_t*>(p)[i] = dtype == CK_BF16 ? bf16_of_float(f) : f16_of_float(f);
+}
+
 CK_INLINE const void* at(const void* p, int32_t dtype, int64_t i) {
   return static_cast<const char*>(p) + i * dtype_bytes(dtype);
 }

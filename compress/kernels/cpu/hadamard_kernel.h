@@ -156,11 +156,7 @@ void hadamard_blocks(const HadamardCall& call, int64_t begin, int64_t end, float
     const auto factor = P::broadcast(call.factor);
     for (int64_t i = 0; i < whole; i += LANES)
       P::store_as(at(out, call.dtype, i), call.dtype, P::mul(P::floats(v + i), factor));
-    for (int64_t i = whole; i < n; i++) {
-      const float value = v[i] * call.factor;
-      if (call.dtype == CK_F32) static_cast<float*>(out)[i] = value;
-      else static_cast<uint16_t*>(out)[i] = call.dtype == CK_BF16 ? bf16_of_float(value) : f16_of_float(value);
-    }
+    for (int64_t i = whole; i < n; i++) put_float(out, call.dtype, i, v[i] * call.factor);
   }
 }
 

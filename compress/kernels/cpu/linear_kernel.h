@@ -16,6 +16,7 @@
 #define CK_LINEAR_KERNEL_H
 
 #include "linear.h"
+#include "pieces.h"
 
 #ifdef CK_SANITIZED
 #define CK_UNROLL  // checks in unrolled loops take the compiler minutes
@@ -31,12 +32,8 @@ namespace {
 template <class P>
 CK_INLINE void floats_of(const LinearCall& call, int64_t token, int64_t block, float* f) {
   const Layout& l = call.layout;
-  const int64_t n = block_length(l, block), padded = l.padded_block;
-  const void* x = at(call.x, call.x_dtype, (call.first_token + token) * call.x_stride + block_start(l, block));
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) P::store(f + i, P::floats(at(x, call.x_dtype, i), call.x_dtype));
-  for (; i < n; i++) f[i] = float_at(x, call.x_dtype, i);
-  for (; i < padded; i++) f[i] = 0;
+  const int64_t first = (call.first_token + token) * call.x_stride + block_start(l, block);
+  padded_floats<P>(at(call.x, call.x_dtype, first), call.x_dtype, block_length(l, block), l.padded_block, f);
 }
 
 constexpr float ROUND = 12582912.0f;    // 1.5 * 2^23: adding it rounds to an integer, which then lies in the low bits
@@ -220,9 +217,7 @@ CK_INLINE void finish(const LinearCall& call, int64_t token, int64_t tile, typen
   alignas(64) float last[TILE];
   P::store(last, total);
   for (int64_t i = 0; i < n; i++) {
-    const float value = call.bias ? last[i] + float_at(call.bias, call.bias_dtype, o + i) : last[i];
-    if (call.x_dtype == CK_F32) static_cast<float*>(out)[i] = value;
-    else static_cast<uint16_t*>(out)[i] = call.x_dtype == CK_BF16 ? bf16_of_float(value) : f16_of_float(value);
+    put_float(out, call.x_dtype, i, call.bias ? last[i] + float_at(call.bias, call.bias_dtype, o + i) : last[i]);
   }
 }
 

@@ -11,6 +11,7 @@
 #define CK_LUT_KERNEL_H
 
 #include "lut.h"
+#include "pieces.h"
 
 #define CK_UNROLL _Pragma("GCC unroll 32")
 
@@ -57,20 +58,10 @@ CK_INLINE typename P::Floats weights(const Codes<BITS>& codes, const uint8_t* p,
   return codes.values(some, table);
 }
 
-template <class P>
-CK_INLINE float total_of(typename P::Floats v) {
-  alignas(64) float f[LANES];
-  P::store(f, v);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) f[i] += f[i + half];
-  return f[0];
-}
-
 CK_INLINE void write_one(const LutCall& call, int64_t row, int token, float sum) {
   void* to = at(call.out, call.out_dtype, token * call.out_stride + row);
   if (call.bias) sum += float_at(call.bias, call.bias_dtype, row);
-  if (call.out_dtype == CK_F32) *static_cast<float*>(to) = sum;
-  else *static_cast<uint16_t*>(to) = call.out_dtype == CK_BF16 ? bf16_of_float(sum) : f16_of_float(sum);
+  put_float(to, call.out_dtype, 0, sum);
 }
 
 template <class P, int BITS, int R, int T>
@@ -137,30 +128,15 @@ void lut_write(const LutCall& call, int64_t first, int64_t end) {
       const Table table = table_at<P, BITS>(call, row, group, shared);
       for (const int64_t stop = min64(k + call.group_size, call.padded); k < stop; k += LANES) {
         const auto w = weights<P, BITS>(codes, p + k * BITS / 8, call.row_bytes - k * BITS / 8, table);
-        void* to = at(call.out, call.out_dtype, row * call.out_stride + k);
-        if (call.in_features - k >= LANES) {
-          P::store_as(to, call.out_dtype, w);
-        } else {
-          alignas(64) char some[LANES * 4];
-          P::store_as(some, call.out_dtype, w);
-          memcpy(to, some, size_t((call.in_features - k) * dtype_bytes(call.out_dtype)));
-        }
+        store_piece<P>(at(call.out, call.out_dtype, row * call.out_stride + k), call.out_dtype, call.in_features - k, w);
       }
     }
   }
 }
 
 template <class P>
-void lut_prepare(const void* x, int32_t dtype, int64_t n, int64_t padded, float* to) {
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) P::store(to + i, P::floats(at(x, dtype, i), dtype));
-  for (; i < n; i++) to[i] = float_at(x, dtype, i);
-  for (; i < padded; i++) to[i] = 0;
-}
-
-template <class P>
 constexpr ck::LutKernels lut_table() {
-  return {lut_prepare<P>, {lut_run<P, 2>, lut_run<P, 3>, lut_run<P, 4>}, {lut_write<P, 2>, lut_write<P, 3>, lut_write<P, 4>}};
+  return {padded_floats<P>, {lut_run<P, 2>, lut_run<P, 3>, lut_run<P, 4>}, {lut_write<P, 2>, lut_write<P, 3>, lut_write<P, 4>}};
 }
 
 }  // namespace

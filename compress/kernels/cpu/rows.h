@@ -44,4 +44,43 @@ const RowsKernels* rows_avx512();
 const RowsHalves* rows_avx512bf16();
 
 }  // namespace ck
+
+namespace {
+
+using ck::RowsCall;
+
+enum { DENSE = 0, BITS = 1, PAIRS = 2 };  // CK_ROWS_*
+
+struct PairTable {
+  uint8_t mask[256];
+};
+
+// Two groups of four: in each the places of two values, two bits a place -> a bit per column.
+CK_INLINE PairTable pair_table() {
+  PairTable t;
+  for (int b = 0; b < 256; b++)
+    t.mask[b] = uint8_t(1 << (b & 3) | 1 << (b >> 2 & 3) | 1 << (4 + (b >> 4 & 3)) | 1 << (4 + (b >> 6)));
+  return t;
+}
+
+// Where a row is being read.
+struct Cursor {
+  const char* value;
+  const uint8_t* place;
+};
+
+CK_INLINE int64_t bits_set(const uint32_t* words, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i++) count += __builtin_popcount(words[i]);
+  return count;
+}
+
+CK_INLINE void write_one(const RowsCall& call, int64_t row, int64_t token, float sum) {
+  void* to = at(call.out, call.out_dtype, token * call.out_stride + row);
+  if (call.bias) sum += float_at(call.bias, call.bias_dtype, row);
+  if (call.add) sum += float_at(to, call.out_dtype, 0);
+  put_float(to, call.out_dtype, 0, sum);
+}
+
+}  // namespace
 #endif

@@ -12,30 +12,9 @@
 
 namespace {
 
-using ck::RowsCall;
-
 constexpr int LANES = 32;
 constexpr int RUN = 1024;  // columns: eight rows take 16 KB
 constexpr int ROWS = 8, FEW_ROWS = 4, TOGETHER = 3, SLAB = 48;
-enum { DENSE = 0, BITS = 1, PAIRS = 2 };  // CK_ROWS_*
-
-struct PairTable {
-  uint8_t mask[256];
-};
-
-// Two groups of four: in each the places of two values, two bits a place -> a bit per column.
-CK_INLINE PairTable pair_table() {
-  PairTable t;
-  for (int b = 0; b < 256; b++)
-    t.mask[b] = uint8_t(1 << (b & 3) | 1 << (b >> 2 & 3) | 1 << (4 + (b >> 4 & 3)) | 1 << (4 + (b >> 6)));
-  return t;
-}
-
-// Where a row is being read.
-struct Cursor {
-  const char* value;
-  const uint8_t* place;
-};
 
 // 32 values, or as many as there are before `end` and zeros.
 CK_NOINLINE __m512i loaded_last(const char* from, const char* end, int64_t columns) {
@@ -69,12 +48,6 @@ CK_INLINE __m512i next(Cursor& at, const char* end, int64_t columns, const PairT
   }
 }
 
-CK_INLINE int64_t bits_set(const uint32_t* words, int64_t n) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i++) count += __builtin_popcount(words[i]);
-  return count;
-}
-
 template <int KIND>
 CK_INLINE int64_t row_bytes(const RowsCall& call, int64_t row) {
   if (KIND == DENSE) return 2 * call.in_features;
@@ -105,14 +78,6 @@ template <int R>
 CK_INLINE int64_t free_columns(const RowsCall& call, const Cursor (&start)[R], const char* end) {
   const bool plenty = end - start[R - 1].value >= round_up(call.in_features, LANES) * 2;
   return plenty ? call.in_features / LANES * LANES : 0;
-}
-
-CK_INLINE void write_one(const RowsCall& call, int64_t row, int64_t token, float sum) {
-  void* to = at(call.out, call.out_dtype, token * call.out_stride + row);
-  if (call.bias) sum += float_at(call.bias, call.bias_dtype, row);
-  if (call.add) sum += float_at(to, call.out_dtype, 0);
-  if (call.out_dtype == CK_F32) *static_cast<float*>(to) = sum;
-  else *static_cast<uint16_t*>(to) = call.out_dtype == CK_BF16 ? bf16_of_float(sum) : f16_of_float(sum);
 }
 
 CK_INLINE __m512 product(__m512 sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }

@@ -7,35 +7,14 @@
 #ifndef CK_ROWS_KERNEL_H
 #define CK_ROWS_KERNEL_H
 
+#include "pieces.h"
 #include "rows.h"
 
 #define CK_UNROLL _Pragma("GCC unroll 32")
 
 namespace {
 
-using ck::RowsCall;
-
 constexpr int LANES = 16;
-enum { DENSE = 0, BITS = 1, PAIRS = 2 };  // CK_ROWS_*
-
-struct PairTable {
-  uint8_t mask[256];
-};
-
-// Two groups of four: in each the places of two values, two bits a place -> a bit per column.
-CK_INLINE PairTable pair_table() {
-  PairTable t;
-  for (int b = 0; b < 256; b++)
-    t.mask[b] = uint8_t(1 << (b & 3) | 1 << (b >> 2 & 3) | 1 << (4 + (b >> 4 & 3)) | 1 << (4 + (b >> 6)));
-  return t;
-}
-
-// Where a row is being read.
-struct Cursor {
-  const char* value;
-  const uint8_t* place;
-};
-
 // 16 values, or as many as there are before `end` and zeros.
 template <class P, int DTYPE>
 CK_NOINLINE typename P::Floats loaded_last(const char* from, const char* end, int64_t columns) {
@@ -72,12 +51,6 @@ CK_INLINE typename P::Floats next(Cursor& at, const char* end, int64_t columns, 
   }
 }
 
-CK_INLINE int64_t bits_set(const uint32_t* words, int64_t n) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i++) count += __builtin_popcount(words[i]);
-  return count;
-}
-
 // Bytes of values before row `first`.
 template <int KIND, int DTYPE>
 CK_INLINE int64_t values_before(const RowsCall& call, int64_t first) {
@@ -96,23 +69,6 @@ CK_INLINE Cursor row_at(const RowsCall& call, int64_t row, int64_t* before) {
   *before += SIZE * (KIND == DENSE ? call.in_features
                                    : call.per_row ? call.per_row : bits_set(words, ceil_div(call.in_features, 32)));
   return at;
-}
-
-template <class P>
-CK_INLINE float total_of(typename P::Floats v) {
-  alignas(64) float f[LANES];
-  P::store(f, v);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) f[i] += f[i + half];
-  return f[0];
-}
-
-CK_INLINE void write_one(const RowsCall& call, int64_t row, int token, float sum) {
-  void* to = at(call.out, call.out_dtype, token * call.out_stride + row);
-  if (call.bias) sum += float_at(call.bias, call.bias_dtype, row);
-  if (call.add) sum += float_at(to, call.out_dtype, 0);
-  if (call.out_dtype == CK_F32) *static_cast<float*>(to) = sum;
-  else *static_cast<uint16_t*>(to) = call.out_dtype == CK_BF16 ? bf16_of_float(sum) : f16_of_float(sum);
 }
 
 template <class P, int KIND, int DTYPE, int R, int T>
@@ -182,24 +138,9 @@ void rows_write(const RowsCall& call, int64_t first, int64_t end) {
       const bool last = call.in_features - k < LANES || stop - from.value < LANES * int64_t(DTYPE == CK_F32 ? 4 : 2);
       const auto v = last ? next<P, KIND, DTYPE, true>(from, stop, call.in_features - k, table)
                           : next<P, KIND, DTYPE, false>(from, stop, LANES, table);
-      void* to = at(call.out, call.out_dtype, row * call.out_stride + k);
-      if (call.in_features - k >= LANES) {
-        P::store_as(to, call.out_dtype, v);
-      } else {
-        alignas(64) char some[LANES * 4];
-        P::store_as(some, call.out_dtype, v);
-        memcpy(to, some, size_t((call.in_features - k) * dtype_bytes(call.out_dtype)));
-      }
+      store_piece<P>(at(call.out, call.out_dtype, row * call.out_stride + k), call.out_dtype, call.in_features - k, v);
     }
   }
-}
-
-template <class P>
-void rows_prepare(const void* x, int32_t dtype, int64_t n, int64_t padded, float* to) {
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) P::store(to + i, P::floats(at(x, dtype, i), dtype));
-  for (; i < n; i++) to[i] = float_at(x, dtype, i);
-  for (; i < padded; i++) to[i] = 0;
 }
 
 #define CK_ROWS_TABLE(P, F)                                                                                    \
@@ -209,7 +150,7 @@ void rows_prepare(const void* x, int32_t dtype, int64_t n, int64_t padded, float
 
 template <class P>
 constexpr ck::RowsKernels rows_table() {
-  return {rows_prepare<P>, CK_ROWS_TABLE(P, rows_run), CK_ROWS_TABLE(P, rows_write)};
+  return {padded_floats<P>, CK_ROWS_TABLE(P, rows_run), CK_ROWS_TABLE(P, rows_write)};
 }
 
 }  // namespace

@@ -93,11 +93,6 @@ void one_token(SignPlanesCall& call, const ck::SignPlanesKernels* kernels, bool 
 // Of row i in `y` as words leave it.
 CK_INLINE int64_t place_of(int64_t i) { return i - i % ck::ROWS + i % 2 * (ck::ROWS / 2) + i % ck::ROWS / 2; }
 
-CK_INLINE void store_at(void* p, int32_t dtype, int64_t i, float f) {
-  if (dtype == CK_F32) static_cast<float*>(p)[i] = f;
-  else static_cast<uint16_t*>(p)[i] = dtype == CK_BF16 ? bf16_of_float(f) : f16_of_float(f);
-}
-
 }  // namespace
 
 extern "C" int64_t ck_sign_planes_workspace(int64_t out_features, int64_t in_features) {
@@ -137,7 +132,7 @@ extern "C" int ck_sign_planes_linear(const ck_sign_block* blocks, int64_t n_bloc
       call.x = at(x, x_dtype, token * x_stride);
       one_token(call, kernels, words, thread, n);
       for (int64_t i = groups.begin * ck::ROWS; i < min64(groups.end * ck::ROWS, out_features); i++)
-        store_at(out, x_dtype, token * out_stride + i,
+        put_float(out, x_dtype, token * out_stride + i,
                  call.y[words ? place_of(i) : i] + (bias ? float_at(bias, bias_dtype, i) : 0.0f));
     }
   });

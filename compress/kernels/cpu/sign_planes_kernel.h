@@ -4,6 +4,7 @@
 #ifndef CK_SIGN_PLANES_KERNEL_H
 #define CK_SIGN_PLANES_KERNEL_H
 
+#include "pieces.h"
 #include "sign_planes.h"
 
 namespace {
@@ -166,13 +167,7 @@ CK_INLINE void rebuilt_tile(const SignPlanesCall& call, int64_t row, int64_t col
     for (int r = 0; r < R; r++) {
       const Floats w = call.scale ? V::mul(total[r][v], scale) : total[r][v];
       void* to = at(call.dense, call.dense_dtype, (row + r - call.first_row) * call.dense_stride + j);
-      if (n == LANES) {
-        V::store_as(to, call.dense_dtype, w);
-      } else {
-        alignas(64) float kept[LANES];
-        V::store_as(kept, call.dense_dtype, w);
-        memcpy(to, kept, size_t(n * dtype_bytes(call.dense_dtype)));
-      }
+      store_piece<V>(to, call.dense_dtype, n, w);
     }
   }
 }

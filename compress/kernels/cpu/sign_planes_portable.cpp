@@ -70,8 +70,7 @@ void row_of_stripe(const SignPlanesCall& call, int64_t row, int64_t column) {
   for (int i = 0; i < n; i++) {
     const float w = call.scale ? total[i] * float_of_f16(call.scale[column + i]) : total[i];
     const int64_t place = (row - call.first_row) * call.dense_stride + column + i;
-    if (call.dense_dtype == CK_F32) static_cast<float*>(call.dense)[place] = w;
-    else static_cast<uint16_t*>(call.dense)[place] = call.dense_dtype == CK_BF16 ? bf16_of_float(w) : f16_of_float(w);
+    put_float(call.dense, call.dense_dtype, place, w);
   }
 }
 

@@ -4,11 +4,10 @@
 #ifndef CK_TOKEN_KERNEL_H
 #define CK_TOKEN_KERNEL_H
 
+#include "pieces.h"
 #include "token.h"
 
 namespace {
-
-constexpr int PIECE = 16;
 
 // 16 values as float, or as many as there are and zeros.
 template <class P>
@@ -18,17 +17,6 @@ CK_INLINE void loaded(const void* x, int32_t dtype, int64_t i, int64_t n, float*
     return;
   }
   for (int j = 0; j < PIECE; j++) f[j] = i + j < n ? float_at(x, dtype, i + j) : 0.0f;
-}
-
-template <class P>
-CK_INLINE void stored(void* out, int32_t dtype, int64_t i, int64_t n, const float* f) {
-  if (n - i >= PIECE) {
-    P::store_as(at(out, dtype, i), dtype, P::floats(f));
-    return;
-  }
-  alignas(64) char some[PIECE * 4];
-  P::store_as(some, dtype, P::floats(f));
-  memcpy(at(out, dtype, i), some, size_t((n - i) * dtype_bytes(dtype)));
 }
 
 // To the nearest number of the dtype.
@@ -56,7 +44,7 @@ void norm(const void* x, const void* weight, void* out, int32_t dtype, int64_t n
     for (int j = 0; j < PIECE; j++) f[j] *= inverse;
     rounded<P>(dtype, f);
     for (int j = 0; j < PIECE; j++) f[j] *= w[j];
-    stored<P>(out, dtype, i, n, f);
+    store_piece<P>(at(out, dtype, i), dtype, n - i, P::floats(f));
   }
 }
 
@@ -88,7 +76,7 @@ void gated(const void* gate, const void* up, void* out, int32_t dtype, int64_t n
     }
     rounded<P>(dtype, g);
     for (int j = 0; j < PIECE; j++) g[j] *= u[j];
-    stored<P>(out, dtype, i, n, g);
+    store_piece<P>(at(out, dtype, i), dtype, n - i, P::floats(g));
   }
 }
 
@@ -109,8 +97,8 @@ void turn(const void* x, const void* cos, const void* sin, void* out, int32_t dt
       rounded<P>(dtype, s);
       for (int j = 0; j < PIECE; j++) sum[j] = c[j] + s[j];
     }
-    stored<P>(out, dtype, i, half, low);  // both halves have been read: out may be x
-    stored<P>(at(out, dtype, half), dtype, i, half, high);
+    store_piece<P>(at(out, dtype, i), dtype, half - i, P::floats(low));  // both halves have been read: out may be x
+    store_piece<P>(at(out, dtype, half + i), dtype, half - i, P::floats(high));
   }
 }
 
