@@ -44,7 +44,7 @@ def differs(found: torch.Tensor, x: torch.Tensor, w: PackedWeight) -> float:
 )
 def test_equals_the_product_with_the_dense_weight(bits, symmetric, group_size, out, in_features, isa):
     w = weight(bits, group_size, symmetric, out, in_features)
-    for tokens in (1, 2, 3, 4, 5, 12, 13, 31, 33, 48, 97, 193):  # codes unpacked once from 33 on, two slabs at 193
+    for tokens in (1, 2, 3, 4, 5, 12, 13, 31, 33, 97, 385):  # codes are unpacked once from 33 on, in two slabs at 385
         x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(tokens)).bfloat16()
         with native.using_isa(isa):
             found = packed_linear(x, w, activations=16)
@@ -62,15 +62,15 @@ def test_one_input_at_a_time_gives_the_weight_itself(bits):
 @pytest.mark.parametrize("isa", ISAS)
 def test_rows_of_another_tensor(isa):
     """Strided input whose rows start at odd places, and the same numbers side by side."""
-    w, wide = weight(4, 20, False, 40, 60), torch.randn(200, 171).bfloat16()
+    w, wide = weight(4, 20, False, 40, 60), torch.randn(400, 171).bfloat16()
     with native.using_isa(isa):
-        for tokens in (3, 50, 200):
+        for tokens in (3, 50, 400):
             x = wide[:tokens, 7:67]
             assert torch.equal(packed_linear(x, w, activations=16), packed_linear(x.contiguous(), w, activations=16))
 
 
 def test_threads_change_nothing():
-    w, x = weight(4, 64, False, 200, 256), torch.randn(200, 256).bfloat16()
+    w, x = weight(4, 64, False, 200, 256), torch.randn(400, 256).bfloat16()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from compress.kernels.packed_layout import read, written
 from compress.kernels.packing import dequantize, pack
 
 ISAS = native.isas() or ["reference"]
-TOKENS = (1, 2, 7, 8, 9, 13, 33, 97)  # one, few, a whole block of registers and more, and a second slab
+TOKENS = (1, 2, 7, 8, 9, 13, 33, 193)  # one, few, a whole block of registers and more, and a second slab
 
 
 @pytest.fixture(params=ISAS)
@@ -80,7 +80,7 @@ def test_equals_the_reference(isa, bits, group_size, n_in, symmetric, activation
     _, _, _, weight = problem(bits, group_size, n_in, symmetric=symmetric)
     generator = torch.Generator().manual_seed(1)
     bias = torch.randn(37, generator=generator)
-    x = torch.randn(97, n_in, generator=generator) * torch.logspace(-2, 2, n_in)
+    x = torch.randn(193, n_in, generator=generator) * torch.logspace(-2, 2, n_in)
     expected = reference(x, weight, bias, activations)
     for n in TOKENS:
         found = packed_linear(x[:n], weight, bias, activations)
@@ -115,7 +115,7 @@ def test_whole_numbers_multiply_exactly(isa, bits):
     codes = torch.randint(0, 2**bits, (40, 256), generator=generator)
     scale = 2.0 ** torch.randint(-4, 4, (40, 2), generator=generator)
     weight = prepare(pack(codes, bits), scale, None, bits, 128, 256)
-    x = torch.randint(-127, 128, (97, 256), generator=generator).float()
+    x = torch.randint(-127, 128, (193, 256), generator=generator).float()
     x[:, ::128] = 127
     exact = (x.double() @ weight.dense().double().T).float()
     for n in TOKENS:
@@ -143,7 +143,7 @@ def test_shapes_and_strides(isa, activations):
 def test_bits_do_not_depend_on_company_threads_or_the_run(isa, bits):
     """A token's result is the same alone and among others, with one thread and with two, and every time."""
     _, _, _, weight = problem(bits, 64, 256, n_out=80, symmetric=False)
-    x = torch.randn(97, 256)
+    x = torch.randn(193, 256)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

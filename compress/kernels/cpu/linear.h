@@ -7,12 +7,12 @@
 
 namespace ck {
 
-constexpr int SLAB = 96;  // tokens worked on at a time: their sums and a block of their activations fit into the first-level cache
+constexpr int SLAB = 192;  // tokens worked on at a time, at most: codes are unpacked once for them
 
 // One product, and the slab of tokens that is being worked on. Tokens come in slabs, and tokens of a slab in groups, of nearly
 // equal size; a group of T tokens lies interleaved, and starts where the tokens before it end:
 //   A8   q [k / 4][T][4] int8;  q_scale, q_sum [block][T]:  x = q * q_scale, q_sum the sum of q over the block
-//   A16  as the unit that reads it wrote it; a slab has at most A16_BYTES * SLAB bytes per input
+//   A16  as the unit that reads it wrote it; at most A16_BYTES per input and token
 struct LinearCall {
   Layout layout;
   const uint8_t* codes;

@@ -215,8 +215,7 @@ void run_direct(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
 // ---- many tokens -------------------------------------------------------------------------------------------------------
 
 constexpr int TOKENS = 12, NR = 2;  // a register block: tokens and tiles
-constexpr int MANY_SLAB = 192;      // at two bytes per input, no more than a slab of floats
-static_assert(MANY_SLAB * 2 <= ck::SLAB * ck::A16_BYTES, "the workspace is that of floats");
+constexpr int MANY_SLAB = ck::SLAB * ck::A16_BYTES / 2;  // two bytes per input and token
 
 void prepare_many(const LinearCall& call, int64_t begin, int64_t end) {
   const Layout& l = call.layout;

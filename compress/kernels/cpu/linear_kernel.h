@@ -381,7 +381,7 @@ void a8_run(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
 
 // ---- A16 in float: codes become float, products are added in float ----------------------------------------------------
 
-constexpr int A16_TOKENS = 4;
+constexpr int A16_TOKENS = 4, A16_SLAB = 96;
 
 template <class P, int BITS, int T>
 CK_NOINLINE void a16_direct(const LinearCall& call, int64_t first_tile, int64_t end_tile, Group g) {
@@ -447,7 +447,7 @@ void a16_run(const LinearCall& call, int64_t first_tile, int64_t end_tile) {
 template <class P>
 constexpr ck::LinearKernels table() {
   return {{P::DIRECT_TOKENS, {ck::SLAB, P::DIRECT, 1, a8_prepare<P>, a8_run_direct<P>}, {ck::SLAB, P::MT, P::NR, a8_prepare<P>, a8_run<P>}},
-          {MAX_FEATURES, {ck::SLAB, A16_TOKENS, 1, a16_prepare_floats<P>, a16_run<P>}, {}}};
+          {MAX_FEATURES, {A16_SLAB, A16_TOKENS, 1, a16_prepare_floats<P>, a16_run<P>}, {}}};
 }
 
 }  // namespace
