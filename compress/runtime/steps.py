@@ -14,6 +14,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from transformers.activations import ACT2FN
 
 from compress.kernels import native, token
 from compress.kernels.packed import Product
+from compress.modules.factored import FactoredLinear
 from compress.modules.packed import PackedRows
 from compress.modules.quantized import QuantizedLinear
 from compress.runtime.cache import BufferedLayer
@@ -44,10 +47,12 @@ class Step:
         self.hidden = attention.q_proj.in_features
         self.n_heads, self.n_keys = (m.out_features // self.head for m in (attention.q_proj, attention.k_proj))
 
-        def product(name: str, *linears: Any) -> Product:
-            packed, bias = _joined(linears)
-            out = buffers(name, packed.weight.layout.out_features, self.dtype)
+        def product(name: str, *linears: Any) -> Product | Factors:
             source = buffers(f"{name} of", linears[0].in_features, self.dtype)
+            out = buffers(name, sum(linear.out_features for linear in linears), self.dtype)
+            if any(isinstance(linear, FactoredLinear) for linear in linears):
+                return Factors(linears, source, out, buffers)
+            packed, bias = _joined(linears)
             return Product(packed.weight, bias, packed.mode, source, out)
 
         self.qkv = product("qkv", attention.q_proj, attention.k_proj, attention.v_proj)
@@ -79,6 +84,39 @@ class Step:
         token.norm(x, after.weight, after.variance_epsilon, self.gate_up.x)
         token.gated(self.gate_up(), self.down.x)
         return x + self.down()
+
+
+class Factors:
+    """Linears of one input, some of which are products of packed factors; these go one after the other, those between them
+    are one product, each into its part of `out`."""
+
+    def __init__(
+        self, linears: tuple[Any, ...], x: Tensor, out: Tensor, buffers: Callable[[str, int, torch.dtype], Tensor]
+    ):
+        """Raises: _UnusualError."""
+        self.x, self.out = x, out
+        self.steps: list[Callable[[], object]] = []
+        begin = 0
+        for factored, run in groupby(linears, lambda linear: isinstance(linear, FactoredLinear)):
+            neighbours = tuple(run)
+            for members in [(linear,) for linear in neighbours] if factored else [neighbours]:
+                width = sum(linear.out_features for linear in members)
+                part, source = out[begin : begin + width], x
+                begin += width
+                chain = [(factor,) for factor in members[0].factors()] if factored else [members]
+                for place, factors in enumerate(chain, 1):
+                    packed, bias = _joined(factors)
+                    last = place == len(chain)
+                    to = part if last else buffers(f"factor {place}", packed.weight.layout.out_features, x.dtype)
+                    self.steps.append(Product(packed.weight, bias, packed.mode, source, to))
+                    source = to
+                if factored and members[0].bias is not None:
+                    self.steps.append(partial(part.add_, members[0].bias.detach().to(x.dtype)))
+
+    def __call__(self) -> Tensor:
+        for step in self.steps:
+            step()
+        return self.out
 
 
 class _UnusualError(Exception):

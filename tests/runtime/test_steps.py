@@ -11,6 +11,7 @@ from torch import nn
 from compress.kernels import native
 from compress.kernels.choice import Choice
 from compress.models.families import architecture_of
+from compress.modules.low_rank import LowRankLinear
 from compress.modules.quantized import QuantizedLinear
 from compress.modules.quantized_spec import QuantizedSpec
 from compress.runtime.cache import buffered_cache
@@ -28,10 +29,19 @@ def packing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMPRESS_PACK", raising=False)
 
 
-def packed(family: str, dtype: torch.dtype = torch.float32, activations: str = "float"):
-    """A tiny model whose linears have random codes of 8 bits, packed."""
+def packed(family: str, dtype: torch.dtype = torch.float32, activations: str = "float", factored: str = "nothing"):
+    """A tiny model whose linears have random codes of 8 bits, packed; those whose names hold `factored` as two factors."""
     model = tiny_model(family).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and factored in name:
+            rank = min(linear.weight.shape) // 2
+            left = torch.zeros(linear.out_features, rank, dtype=dtype)
+            bias = (
+                None if linear.bias is None else torch.randn(linear.out_features, generator=generator).to(dtype) * 0.1
+            )
+            right = torch.zeros(rank, linear.in_features, dtype=dtype)
+            model.set_submodule(name, LowRankLinear.from_factors(left, right, bias))
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and not name.endswith("lm_head"):
             spec = QuantizedSpec(linear.in_features, linear.out_features, 8, -1)
@@ -61,12 +71,13 @@ def logits_of(model, n_steps: int = 4):
         return torch.stack([logits(ids[:, i : i + 1]) for i in range(n_steps)]), cache
 
 
+@pytest.mark.parametrize("factored", ["nothing", "proj", "q_proj"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize(
     ("dtype", "activations"), [(torch.float32, "float"), (torch.float32, "int8"), (torch.bfloat16, "int8")]
 )
-def test_the_short_way_computes_what_the_modules_compute(family, dtype, activations):
-    model = packed(family, dtype, activations)
+def test_the_short_way_computes_what_the_modules_compute(family, dtype, activations, factored):
+    model = packed(family, dtype, activations, factored)
     wanted, cache = logits_of(model)
     with stepping(model) as n_blocks:
         found, other = logits_of(model)
