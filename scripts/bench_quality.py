@@ -42,6 +42,11 @@ TARGET = 0.8  # of the best of the others
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="shipped", help="a folder [default: the model that ships]")
+    made.add_argument(
+        "--dtype",
+        default="auto",
+        help="of our scales and tables: float16 for a model in float32, to have the bytes of the others",
+    )
     made.add_argument("--calibration", default="shipped", help="text to calibrate on")
     made.add_argument("--heldout", default="shipped", help="text to measure on")
     made.add_argument("--samples", type=int, default=128)
@@ -166,7 +171,7 @@ def recipe_of(asked: argparse.Namespace, bits: int, name: str | None = "best") -
         settings = {"bits": bits, "group_size": GROUP, "signed_scales": True, "start": "rtn", "half": True}
         content["steps"] = [{"signround": {**settings, "iterations": asked.iterations[0]}}]
     content |= {
-        "model": {"path": asked.model},
+        "model": {"path": asked.model, "dtype": asked.dtype},
         "calibration": {
             "data": asked.calibration, "samples": asked.samples, "length": asked.length, "batch_size": 16,
         },
