@@ -33,7 +33,6 @@ from compress.recipe import Evaluation, Recipe
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent / "recipes"
 OURS = {"compress": "best", "compress, standard format": "signround"}  # recipes: NAME-4bit and so on
-LIKE = "compress, signround as auto-round does it"  # from the nearest values, as many iterations: for the time and the memory
 KINDS = {4: "q4_K", 3: "q3_K", 2: "q2_K"}
 GROUP = 64
 TARGET = 0.8  # of the best of the others
@@ -69,6 +68,9 @@ def main() -> None:
     for name in ("model", "calibration", "heldout"):  # each run has a working folder of its own
         given = getattr(asked, name)
         setattr(asked, name, str(Path(given).absolute()) if Path(given).exists() else given)
+    rows_named = (*OURS, like(asked), *tools(asked))
+    if unknown := set(asked.only or ()) - set(rows_named):
+        made.error(f"--only: no row is called {', '.join(sorted(unknown))}; there are: {'; '.join(rows_named)}")
     model = compress.plan(recipe_of(asked, 4)).source.fetch(print)
     rows = asked.work / "rows.json"
     tokens = load_tokens(recipe_of(asked, 4).calibration, load_tokenizer(model))
@@ -77,7 +79,7 @@ def main() -> None:
     print("| bits | tool | bits per weight | perplexity | KL | our KL / its | CPU s | peak MB |")
     print("|--:|---|--:|--:|--:|--:|--:|--:|")
     for bits in asked.bits:
-        names = [name for name in (*OURS, LIKE, *tools(asked)) if asked.only is None or name in asked.only]
+        names = [name for name in rows_named if asked.only is None or name in asked.only]
         found = {name: result_of(asked, name, bits, model, rows) for name in names}
         ours = found.get("compress")
         for name, figures in found.items():
@@ -94,9 +96,15 @@ def main() -> None:
             print(f"{bits} bits: {worst:.2f} of the best of the others, {TARGET} wanted: {said}", file=sys.stderr)
 
 
+def like(asked: argparse.Namespace) -> str:
+    """The row of signround from the nearest values, with as many iterations as auto-round: for the time and the memory."""
+    return f"compress, signround as auto-round does it, {asked.iterations[0]} iterations"
+
+
 def tools(asked: argparse.Namespace) -> Iterator[str]:
     if asked.auto_round_python:
-        yield from (f"auto-round, {iterations} iterations" for iterations in asked.iterations)
+        products = ", bfloat16" if asked.amp else ""
+        yield from (f"auto-round, {iterations} iterations{products}" for iterations in asked.iterations)
     if asked.hqq_python:
         yield "hqq"
     if asked.ggml:
@@ -165,7 +173,7 @@ def bits_of(name: str, bits: int, output: Path, out: Path) -> float:
 
 
 def recipe_of(asked: argparse.Namespace, bits: int, name: str | None = "best") -> Recipe:
-    """The recipe that ships, or (None) `LIKE`, on this model and these texts, without an evaluation of its own."""
+    """The recipe that ships, or (None) that of `like`, on this model and these texts, without an evaluation of its own."""
     content = Recipe.load(RECIPES / f"{name or 'signround'}-{bits}bit.yaml").to_dict()
     if name is None:
         settings = {"bits": bits, "group_size": GROUP, "signed_scales": True, "start": "rtn", "half": True}

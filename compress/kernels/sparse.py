@@ -38,11 +38,9 @@ def pack_positions(mask: Tensor, n: int, m: int) -> Tensor:
     places = (mask.nonzero()[:, 1] % m).view(n_rows, -1, n)  # [rows, groups, n], ascending
     if layout.kind == "indices":
         return pack(places.flatten(1), layout.bits)
-    choose = (
-        torch.tensor(  # [n, m]; what is larger than the number of sets, and may be than an int64, is never a summand
-            [[min(comb(p, i + 1), MAX_SETS) for p in range(m)] for i in range(n)], device=mask.device
-        )
-    )
+    # [n, m]; what is larger than the number of sets, and may be than an int64, is never a summand
+    binomials = [[min(comb(p, i + 1), MAX_SETS) for p in range(m)] for i in range(n)]
+    choose = torch.tensor(binomials, device=mask.device)
     ranks = sum(choose[i][places[..., i]] for i in range(n))
     assert isinstance(ranks, Tensor)
     return pack(ranks, layout.bits)
