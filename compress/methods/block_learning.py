@@ -68,12 +68,11 @@ class LearnedLinear(nn.Module):
         return rounded(self.start, self.offset, self.factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.frozen is not None:
-            return functional.linear(x, self.frozen.to(x.dtype), self.bias)
+        weight = self.learned() if self.frozen is None else self.frozen
         if self.in_half:
-            output = _HalfProduct.apply(x, self.learned())
+            output = _HalfProduct.apply(x, weight)
             return output if self.bias is None else output + self.bias
-        return functional.linear(x, self.learned().to(x.dtype), self.bias)
+        return functional.linear(x, weight.to(x.dtype), self.bias)
 
     def moves(self, schedule: Schedule) -> list[tuple[Tensor, float, tuple[float, float]]]:
         """What signs of gradients move: the variable, its first step, its bounds."""
@@ -317,8 +316,7 @@ def _loss(
     task: WindowTask, modules: Mapping[str, LearnedLinear], rows: list[int], schedule: Schedule, loss: Loss
 ) -> Tensor:
     x = task.rows.inputs(rows, original=schedule.original_inputs)
-    for module in modules.values():
-        module.in_half = schedule.half
+    _multiply(modules, schedule)
     with torch.enable_grad():
         output = task.run(x)
     own = None
@@ -329,13 +327,18 @@ def _loss(
         return value if own is None else value + loss(output, own)
 
 
+def _multiply(modules: Mapping[str, LearnedLinear], schedule: Schedule) -> None:
+    for module in modules.values():
+        module.in_half = schedule.half
+
+
 def _with_weights(
     task: WindowTask, modules: Mapping[str, LearnedLinear], weights: Mapping[str, Tensor], x: Tensor
 ) -> Tensor:
-    """What the window makes of `x` with these weights."""
+    """What the window makes of `x` with these weights, in full precision."""
     with torch.no_grad():
         for name, module in modules.items():
-            module.frozen = weights[name]
+            module.frozen, module.in_half = weights[name], False
         output = task.run(x)
         for module in modules.values():
             module.frozen = None
@@ -343,10 +346,11 @@ def _with_weights(
 
 
 def _judged(task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Schedule, loss: Loss) -> float:
-    """The mean loss on the judged rows, in float32, on the inputs that the window really has."""
+    """The mean loss on the judged rows, on the inputs that the window really has."""
     n = len(task.rows.lengths)
     judged = list(range(0, n, max(1, n // JUDGED_ROWS)))[:JUDGED_ROWS]
     total = tokens = 0.0
+    _multiply(modules, schedule)
     with torch.no_grad():
         for module in modules.values():
             module.frozen = module.learned()
