@@ -1,4 +1,4 @@
-"""Widths of layers that differ, at the bytes of one width for all: `widths` of the methods that store integer codes.
+"""Widths of layers that differ, at the bytes of one width for all: `widths` of the methods that store codes.
 
     minimise  sum over layers of  1/2 mean_t (g_t . (W - Q_b) x_t)^2   over the width b of each,   bytes <= those of `bits`
 
@@ -30,6 +30,11 @@ from compress.linalg.ranks import choose
 from compress.methods.base import Extent, Kept, Layer, LayerShape, SiteMethod, SiteTask, Sizes, View
 from compress.methods.whole_model import SKETCH_ROWS, backward_bytes, gradient_sketches
 
+WIDTHS_MEANING = (
+    "bits that each layer may have, chosen where they lower the loss most at the bytes of `bits` for all; looks at the whole "
+    "model first"
+)
+TOGETHER_MEANING = "of widths: layers that share their input have one, as servers that fuse them need it"
 GRADIENT_TOKENS = 16384  # of the calibration tokens, at least a batch
 
 

@@ -28,7 +28,7 @@ al., 2022, arXiv:2210.17323 (GPTQ); Behdin et al., 2023, arXiv:2309.01885 (coord
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -43,6 +43,7 @@ from compress.linalg.lookup_refit import refit
 from compress.linalg.order import act_order, group_aware_order, inverse_order
 from compress.linalg.quadratic import row_energy
 from compress.methods.base import Kept, Layer, LayerShape, MethodConfig, Outcome, SiteMethod, SiteTask
+from compress.methods.bit_widths import TOGETHER_MEANING, WIDTHS_MEANING, MixedWidths
 from compress.methods.gptq import rows_per_loop
 from compress.methods.rtn import check_weight, divisors
 from compress.modules.lut import LUTLinear
@@ -93,6 +94,10 @@ class LUTConfig(MethodConfig):
     )
     damping: float = Field(0.01, gt=0, lt=1, description="fraction of the mean of diag(H) that is added to diag(H)")
     block_size: int = Field(128, ge=1, description="columns between updates of the whole matrix; changes speed only")
+    widths: tuple[Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)], ...] | None = Field(
+        None, min_length=1, description=WIDTHS_MEANING
+    )
+    together: bool = Field(True, description=TOGETHER_MEANING)
 
     @field_validator("group_size")
     @classmethod
@@ -134,7 +139,7 @@ class LUTConfig(MethodConfig):
         return self.error_feedback or self.refit > 0 or self.match > 0
 
 
-class LUT(SiteMethod):
+class LUT(MixedWidths):
     name = "lut"
     summary = "look-up tables: 4, 8 or 16 values at any distances, by NormalFloat or k-means, with error feedback"
     Config = LUTConfig
@@ -162,15 +167,20 @@ class LUT(SiteMethod):
 
     @classmethod
     def statistics(cls, config: LUTConfig) -> tuple[Request, ...]:
-        if config.match:
+        if config.match and not cls.observes(config):
             return (SecondMoment(), CrossMoment())
-        return (SecondMoment(),) if config.calibrated else ()
+        return (SecondMoment(),) if config.calibrated or cls.observes(config) else ()
+
+    @classmethod
+    def probe(cls, config: LUTConfig) -> tuple[type[SiteMethod], LUTConfig]:
+        return cls, config.model_copy(update={"match": 0.0})  # inputs are the original's there
 
     @classmethod
     def workspace(cls, shapes: tuple[LayerShape, ...], config: LUTConfig) -> int:
         n, n_rows = max(s.in_features for s in shapes), max(s.out_features for s in shapes)
         squares = 3 * config.error_feedback + (config.refit > 0)
-        systems = n_rows * max(n // max(config.groups, 1) if config.groups > 0 else 1, 2**config.bits) ** 2
+        values = 2 ** max(config.widths or (config.bits,))
+        systems = n_rows * max(n // max(config.groups, 1) if config.groups > 0 else 1, values) ** 2
         per_entry = 64 if config.refit else 26
         return 4 * squares * n * n + min(n_rows, rows_per_loop(n)) * n * per_entry + 16 * systems * (config.refit > 0)
 

@@ -20,7 +20,7 @@ from compress.calibration.statistics import Request, SecondMoment, SiteStatistic
 from compress.errors import NumericsError, RecipeError
 from compress.linalg.grid import Grid, GridRule, fit_grid
 from compress.methods.base import Layer, LayerShape, MethodConfig, Outcome, SiteTask
-from compress.methods.bit_widths import MixedWidths
+from compress.methods.bit_widths import TOGETHER_MEANING, WIDTHS_MEANING, MixedWidths
 from compress.modules.quantized import QuantizedModule
 from compress.modules.quantized_spec import QuantizedSpec
 
@@ -44,15 +44,8 @@ class RTNConfig(MethodConfig):
         "weight is; same bytes, less error at 2 and 3 bits",
     )
 
-    widths: tuple[Annotated[int, Field(ge=2, le=8)], ...] | None = Field(
-        None,
-        min_length=1,
-        description="bits that each layer may have, chosen where they lower the loss most at the bytes of `bits` for all; looks "
-        "at the whole model first",
-    )
-    together: bool = Field(
-        True, description="of widths: layers that share their input have one, as servers that fuse them need it"
-    )
+    widths: tuple[Annotated[int, Field(ge=2, le=8)], ...] | None = Field(None, min_length=1, description=WIDTHS_MEANING)
+    together: bool = Field(True, description=TOGETHER_MEANING)
 
     @model_validator(mode="after")
     def _signs_only_where_symmetric(self) -> RTNConfig:

@@ -18,7 +18,14 @@ def bits(report: dict[str, Any]) -> dict[str, int]:
     return {layer["name"]: layer["spec"]["bits"] for layer in report["layers"]}
 
 
-@pytest.mark.parametrize("step", [{"rtn": WIDTHS}, {"gptq": {**WIDTHS, "together": False}}])
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"rtn": WIDTHS},
+        {"gptq": {**WIDTHS, "together": False}},
+        {"lut": {"bits": 3, "group_size": 32, "widths": [2, 3, 4], "match": 1.0, "refit": 1}},
+    ],
+)
 def test_the_bytes_are_those_of_one_width_and_the_widths_differ(step: dict[str, Any], tiny, text, tmp_path):
     mixed = run(recipe_for(tiny("llama"), [step], text, evaluation=False), tmp_path / "mixed").report
     (method, settings), *_ = step.items()
