@@ -31,6 +31,7 @@ def candidates(bits: int) -> dict[str, list[Settings]]:
     """Heading -> steps."""
     grid = {"bits": bits, **GRID}
     learned = {**grid, "half": True}
+    windows = {**learned, "homologous": False}
     signround, table = {"signround": learned}, {"bits": bits, "group_size": 64, "match": 1.0}
     rows: dict[str, list[Settings]] = {
         "rtn": [{"rtn": {**grid, "clip": "mse"}}],
@@ -45,6 +46,8 @@ def candidates(bits: int) -> dict[str, list[Settings]]:
         "signround, unsigned scales": [{"signround": {**learned, "signed_scales": False}}],
         "signround, 1000 iterations": [{"signround": {**learned, "iterations": 1000}}],
         "cbq": [{"cbq": learned}],
+        "cbq, homologous: false": [{"cbq": windows}],
+        "cbq, homologous: false, distill": [{"cbq": windows}, tuned(bits)],
         "rotate, signround": [{"rotate": {}}, signround],
         "signround, distill": [signround, tuned(bits)],
         "signround, distill: scales": [signround, tuned(bits, parameters="scales")],
@@ -60,6 +63,7 @@ def candidates(bits: int) -> dict[str, list[Settings]]:
             "gptq, widths": [{"gptq": {**grid, **MIXED, "clip": "mse"}}],
             "signround, widths": [{"signround": {**learned, **MIXED}}],
             "signround, widths, distill": [{"signround": {**learned, **MIXED}}, tuned(bits)],
+            "cbq, homologous: false, widths, distill": [{"cbq": {**windows, **MIXED}}, tuned(bits)],
         }
     return rows
 

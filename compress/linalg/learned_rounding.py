@@ -97,7 +97,7 @@ def _codes(start: Start, offset: Tensor | None, scale: Tensor) -> Tensor:
 
 
 class _Rounded(torch.autograd.Function):
-    """Masks are made by arithmetic: comparisons, products with booleans and bounds in tensors take a CPU several times as long."""
+    """Masks are made by arithmetic: comparisons, products with booleans and bounds in tensors take a CPU several times longer."""
 
     @staticmethod
     def forward(ctx: Any, start: Start, offset: Tensor | None, factor: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class Learner:
 
     def leave(self, index: int) -> None:
         """Block `index` is finished, and not loaded any more."""
-        if self.behind is not None:
+        if self.behind is not None and index + 1 < self.stage.model.n_blocks:
             self._propagate(index, self.behind)
 
     def replayed(self, index: int) -> None:

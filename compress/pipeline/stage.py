@@ -130,10 +130,17 @@ class Stage:
     def embed_all(self) -> HiddenStates:
         return embedded(self.model.embed, self.batches, self.allowance, self.scratch)
 
-    def propagate(self, block: nn.Module, index: int, hidden: HiddenStates) -> None:
-        """Run a whole block; `hidden` becomes its outputs."""
-        for batch in range(len(hidden)):
+    def propagate(self, block: nn.Module, index: int, hidden: HiddenStates, batches: int | None = None) -> None:
+        """Run a whole block; `hidden` becomes its outputs, in the first `batches` if not all are wanted."""
+        for batch in range(len(hidden))[:batches]:
             hidden[batch] = self.model.call_block(block, index, hidden[batch].to(self.device))
+
+    def _pass_on(self, block: nn.Module, index: int, hidden: HiddenStates) -> None:
+        """Run a finished block for what comes behind it. Behind the last one that is the head, if it is compressed; otherwise one
+        batch is enough, which shows whether the outputs are finite."""
+        wanted = index + 1 < self.plan.architecture.n_blocks or stores_head(self.plan)
+        with self.watch("forward"):
+            self.propagate(block, index, hidden, None if wanted else 1)
 
     # ---- one block
 
@@ -195,8 +202,7 @@ class Stage:
                     outcomes[name] = outcome
                     self.model.skeleton.replace(name, self.layers.running(name, outcome.module))
             if last:
-                with self.watch("forward"):
-                    self.propagate(block, index, hidden)
+                self._pass_on(block, index, hidden)
             return outcomes
         places = {site.name: self.places(site, step) for site in sites}
         folding = any(name in step.folds for site in sites for name in site.linears)
@@ -231,8 +237,7 @@ class Stage:
         if folding:
             self._fold([site for site in sites if site.name in folds], folds, places, outcomes)
             if last:
-                with self.watch("forward"):
-                    self.propagate(block, index, hidden)  # as it will from the shard, to the last bit
+                self._pass_on(block, index, hidden)  # as it will from the shard, to the last bit
         return outcomes
 
     def _fold(
@@ -267,8 +272,7 @@ class Stage:
         for name, outcome in outcomes.items():
             self.model.skeleton.replace(name, self.layers.running(name, outcome.module))
         if last:
-            with self.watch("forward"):
-                self.propagate(block, index, hidden)
+            self._pass_on(block, index, hidden)
         return outcomes
 
     def _start(
