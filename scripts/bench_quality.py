@@ -32,7 +32,7 @@ from compress.recipe import Evaluation, Recipe
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent / "recipes"
-OURS = {"compress": "best", "compress, standard format": "signround"}  # recipes: NAME-4bit and so on
+OURS = {"compress": "best", "compress, block by block": "signround"}  # recipes: NAME-4bit and so on
 KINDS = {4: "q4_K", 3: "q3_K", 2: "q2_K"}
 GROUP = 64
 TARGET = 0.8  # of the best of the others

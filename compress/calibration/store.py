@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
+from compress.linalg.finite import all_finite
 
 
 class ScratchFile:
@@ -138,7 +139,7 @@ class HiddenStates:
             if hidden.shape[-1] > self.shapes[batch][-1]:
                 self._slots.pop(batch, None)
             self.shapes[batch] = tuple(hidden.shape)
-        self.finite = self.finite and bool(torch.isfinite(hidden).all())
+        self.finite = self.finite and all_finite(hidden)
         if self.in_memory[batch]:
             self._held[batch] = hidden
             return
