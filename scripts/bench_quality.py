@@ -121,9 +121,8 @@ def result_of(asked: argparse.Namespace, name: str, bits: int, model: Path, rows
     out, known = asked.work / label, asked.work / f"{label}.json"
     if known.exists():
         return dict(json.loads(known.read_text()))
-    threads = max(2, asked.threads) if name.startswith("GPTQModel") else asked.threads  # it does not start with one
     run = measure(
-        command(asked, name, bits, model, rows, out), asked.work / f"{label}.log", threads_environment(threads)
+        command(asked, name, bits, model, rows, out), asked.work / f"{label}.log", threads_environment(asked.threads)
     )
     settings = Evaluation(data=(asked.heldout,), length=asked.length, max_tokens=asked.max_tokens)
     found = evaluate(str(out), reference=str(model), settings=settings)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it takes half of the cores, and does not start with one worker
 from gptqmodel import GPTQModel, QuantizeConfig
 from transformers import AutoTokenizer
 
