@@ -1,4 +1,4 @@
-"""The search behind the recipes best-*bit, cbq-4bit and signround-*bit: what each part adds at 4, 3 and 2 bits, at the same bytes.
+"""The search behind the recipes best-*bit, cbq-4bit and signround-*bit: what each part adds at 4, 3 and 2 bits, at equal bytes.
 
 Every row is a recipe in groups of 64 with signed scales, every cell a real run and its evaluation on held-out text, perplexity /
 KL to the original; the best of a column is set in bold. Widths around 2 bits, and tables of more than 4, are not there. Prints
