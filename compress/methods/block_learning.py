@@ -33,7 +33,7 @@ from compress.linalg.learned_rounding import (
 )
 from compress.methods.block import WindowTask
 
-JUDGED_ROWS = 64  # of calibration, on which the candidates are compared
+JUDGED_ROWS = 32  # of calibration, on which the candidates are compared
 SHOWN = 20  # lines of progress per window
 
 
