@@ -32,6 +32,7 @@ def candidates(bits: int) -> dict[str, list[Settings]]:
     grid = {"bits": bits, **GRID}
     learned = {**grid, "half": True}
     windows = {**learned, "homologous": False}
+    long = {**windows, "iterations": 500}
     signround, table = {"signround": learned}, {"bits": bits, "group_size": 64, "match": 1.0}
     rows: dict[str, list[Settings]] = {
         "rtn": [{"rtn": {**grid, "clip": "mse"}}],
@@ -47,7 +48,7 @@ def candidates(bits: int) -> dict[str, list[Settings]]:
         "signround, 1000 iterations": [{"signround": {**learned, "iterations": 1000}}],
         "cbq": [{"cbq": learned}],
         "cbq, homologous: false": [{"cbq": windows}],
-        "cbq, homologous: false, distill": [{"cbq": windows}, tuned(bits)],
+        "cbq, homologous: false, 500 iterations, distill": [{"cbq": long}, tuned(bits)],
         "rotate, signround": [{"rotate": {}}, signround],
         "signround, distill": [signround, tuned(bits)],
         "signround, distill: scales": [signround, tuned(bits, parameters="scales")],
@@ -63,7 +64,11 @@ def candidates(bits: int) -> dict[str, list[Settings]]:
             "gptq, widths": [{"gptq": {**grid, **MIXED, "clip": "mse"}}],
             "signround, widths": [{"signround": {**learned, **MIXED}}],
             "signround, widths, distill": [{"signround": {**learned, **MIXED}}, tuned(bits)],
-            "cbq, homologous: false, widths, distill": [{"cbq": {**windows, **MIXED}}, tuned(bits)],
+            "signround, 1000 iterations, widths, distill": [
+                {"signround": {**learned, **MIXED, "iterations": 1000}},
+                tuned(bits),
+            ],
+            "cbq, homologous: false, 500 iterations, widths, distill": [{"cbq": {**long, **MIXED}}, tuned(bits)],
         }
     return rows
 
@@ -80,11 +85,11 @@ def main() -> None:
     made.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=(4, 3, 2))
     made.add_argument("--only", nargs="+", help="these rows [default: all]")
     asked: argparse.Namespace = made.parse_args()
-    measure = Measure(asked)
     offered = {bits: candidates(bits) for bits in asked.bits}
     known = headings()
     if unknown := set(asked.only or ()) - set(known):
         made.error(f"--only: no row is called {', '.join(sorted(unknown))}; there are: {'; '.join(known)}")
+    measure = Measure(asked)
     cells = {
         (row, bits): measure(*offered[bits][row])["cell"]
         for row in asked.only or known

@@ -76,7 +76,10 @@ class Measure:
         """`cell`: perplexity / KL; `total`: bytes of all tensors; `bits`: per weight of the linears of the blocks; `proxy`: where
         a method reports a `proxy_loss`, the mean of its ratio to that at the start."""
         asked = self.asked
-        key = json.dumps([asked.model, asked.samples, asked.length, asked.max_tokens, steps])
+        settings = (
+            getattr(asked, name.removeprefix("--").replace("-", "_"), None) for name in ARGUMENTS if name != "--cache"
+        )
+        key = json.dumps([*settings, steps])
         if key not in self._known:
             self._known[key] = self._run(list(steps))
             print(f"{key}: {self._known[key]}", file=sys.stderr, flush=True)

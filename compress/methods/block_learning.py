@@ -316,7 +316,7 @@ def _loss(
     task: WindowTask, modules: Mapping[str, LearnedLinear], rows: list[int], schedule: Schedule, loss: Loss
 ) -> Tensor:
     x = task.rows.inputs(rows, original=schedule.original_inputs)
-    _multiply(modules, schedule)
+    _set_products(modules, schedule)
     with torch.enable_grad():
         output = task.run(x)
     own = None
@@ -327,7 +327,8 @@ def _loss(
         return value if own is None else value + loss(output, own)
 
 
-def _multiply(modules: Mapping[str, LearnedLinear], schedule: Schedule) -> None:
+def _set_products(modules: Mapping[str, LearnedLinear], schedule: Schedule) -> None:
+    """In bfloat16 or not, as the schedule says."""
     for module in modules.values():
         module.in_half = schedule.half
 
@@ -350,7 +351,7 @@ def _judged(task: WindowTask, modules: Mapping[str, LearnedLinear], schedule: Sc
     n = len(task.rows.lengths)
     judged = list(range(0, n, max(1, n // JUDGED_ROWS)))[:JUDGED_ROWS]
     total = tokens = 0.0
-    _multiply(modules, schedule)
+    _set_products(modules, schedule)
     with torch.no_grad():
         for module in modules.values():
             module.frozen = module.learned()

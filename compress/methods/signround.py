@@ -152,7 +152,7 @@ class SignRound(MixedWidths, BlockMethod):
     @classmethod
     def learning_bytes(cls, shapes: tuple[LayerShape, ...], config: SignRoundConfig, length: int, widest: int) -> int:
         weights = sum(s.out_features * s.in_features for s in shapes)
-        # the weight rounded from, V, its gradient, the start's V, two candidates; steps and clamp; W' of all layers
+        # the weight rounded from, V, its gradient, the start's V, two candidates; codes; W' of all layers
         return weights * (4 * 6 + 2 + 4) + 4 * config.batch_rows * length * widest * 2 * len(shapes)
 
     @classmethod
